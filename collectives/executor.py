@@ -1,0 +1,185 @@
+"""Runs transfers over the flows to all peers, and keeps apart what belongs to which epoch.
+
+One executor serves all communicators of a peer. It is driven by the engine (start, halt, epochs) and by links (through the flows), and
+tells the engine what has happened. It never waits.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from pccl.collectives.flow import CallKey, Flow
+from pccl.collectives.transfer import Transfer
+from pccl.core.frames import Header, Kind
+from pccl.core.types import Epoch
+
+SCRATCH_KEPT = 16 << 20
+"""Bytes of scratch that are kept for the next call."""
+
+
+class ExecutorHost(Protocol):
+    """The engine."""
+
+    def transfer_done(self, transfer: Transfer) -> None:
+        """All of it is here, and all of it is out."""
+
+    def transfer_mismatch(self, transfer: Transfer, uid: int) -> None:
+        """A peer's frames are not of the same call."""
+
+    def flow_broken(self, uid: int, error: Exception) -> None:
+        """The link to a peer is gone."""
+
+    def flush_lazy_soon(self) -> None:
+        """Call `Executor.flush_lazy` in a few milliseconds."""
+
+
+class Executor:
+    """All running transfers, and the flows that carry them."""
+
+    def __init__(self, host: ExecutorHost) -> None:
+        self.progress = 0
+        """Payload bytes sent and received so far"""
+        self.flows: dict[int, Flow] = {}
+        self._host = host
+        self._transfers: dict[CallKey, Transfer] = {}
+        self._epochs: set[Epoch] = set()
+        """The present ones of all communicators"""
+        self._newest: tuple[int, int] = (0, -1)
+        self._dead: dict[Epoch, set[int]] = defaultdict(set)
+        """Calls that ended before their time; what still comes of them is dropped"""
+        self._scratch: dict[int, list[npt.NDArray[np.uint8]]] = defaultdict(list)
+        self._scratch_kept = 0
+        self._dirty: dict[Flow, None] = {}
+        self._flushing = False
+
+    # --- the engine -------------------------------------------------------------------------------------------------
+
+    def flow(self, uid: int) -> Flow:
+        """The traffic with a peer."""
+        if uid not in self.flows:
+            self.flows[uid] = Flow(self, uid)
+        return self.flows[uid]
+
+    def drop_flow(self, uid: int) -> None:
+        """The peer is no longer in the group."""
+        flow = self.flows.pop(uid, None)
+        if flow:
+            flow.detach()
+
+    def start(self, transfer: Transfer) -> None:
+        """Run a transfer."""
+        self._transfers[transfer.key] = transfer
+        transfer.start()
+        if any(flow.has_lazy for flow in self.flows.values()):
+            self._host.flush_lazy_soon()
+        self.flush()
+
+    def halt(self, transfer: Transfer) -> None:
+        """Stop a transfer; it holds no memory when this returns."""
+        if self._transfers.pop(transfer.key, None):
+            transfer.halt()
+
+    def discard(self, epoch: Epoch, call: int, uids: Iterable[int]) -> None:
+        """A call has ended before its time: nothing of it is kept, and its members are told so."""
+        self._dead[epoch].add(call)
+        for uid in uids:
+            if uid in self.flows:
+                self.flows[uid].forget(epoch, call)
+                self.flows[uid].say(Header(Kind.DISCARDED, epoch, call))
+        self.flush()
+
+    def enter_epoch(self, new: Epoch, old: Epoch | None, uids: Iterable[int]) -> None:
+        """A communicator has gone from one epoch to the next; its transfers were halted before.
+
+        Args:
+            uids: who may have sent something in the old one.
+        """
+        self._epochs.add(new)
+        self._newest = max(self._newest, (new.term, new.number))
+        if old is None:
+            return
+        self._epochs.discard(old)
+        self._dead.pop(old, None)
+        for uid in uids:
+            if uid in self.flows:
+                self.flows[uid].forget(old)
+                self.flows[uid].say(Header(Kind.MARK, old))
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what the last events made ready."""
+        if self._flushing:
+            return
+        self._flushing = True
+        try:
+            while self._dirty:
+                flow = next(iter(self._dirty))
+                del self._dirty[flow]
+                flow.wake()
+        finally:
+            self._flushing = False
+
+    def flush_lazy(self) -> None:
+        """Send credits that could wait until now."""
+        for flow in self.flows.values():
+            flow.flush_lazy()
+        self.flush()
+
+    def silent_flows(self, limit: float) -> list[int]:
+        """Peers whose links have waited that long for an acknowledgement."""
+        return [uid for uid, flow in self.flows.items() if flow.link and flow.link.silent_for() >= limit]
+
+    # --- flows ------------------------------------------------------------------------------------------------------
+
+    def transfer(self, key: CallKey) -> Transfer | None:
+        """The running transfer of this name."""
+        return self._transfers.get(key)
+
+    def is_over(self, key: CallKey) -> bool:
+        """Whether what comes of a call is worthless; a call that was not entered yet, or an epoch not yet heard of, is not over."""
+        if key.epoch in self._epochs:
+            return key.epoch in self._dead and key.call in self._dead[key.epoch]
+        return (key.epoch.term, key.epoch.number) <= self._newest
+
+    def moved(self, n: int) -> None:
+        """Payload bytes were received or sent."""
+        self.progress += n
+
+    def link_lost(self, flow: Flow, error: Exception) -> None:
+        """A link broke."""
+        self._host.flow_broken(flow.uid, error)
+
+    def needs_flush(self, flow: Flow) -> None:
+        """A flow has something to send."""
+        self._dirty[flow] = None
+
+    # --- transfers --------------------------------------------------------------------------------------------------
+
+    def done(self, transfer: Transfer) -> None:
+        """A transfer is complete."""
+        self._transfers.pop(transfer.key, None)
+        self._host.transfer_done(transfer)
+
+    def mismatch(self, transfer: Transfer, flow: Flow) -> None:
+        """A peer's frames are not of the same call."""
+        self._host.transfer_mismatch(transfer, flow.uid)
+
+    def take_scratch(self, nbytes: int) -> npt.NDArray[np.uint8]:
+        """Memory for one slice, rounded up to a power of two."""
+        size = 1 << max(6, (nbytes - 1).bit_length())
+        free = self._scratch[size]
+        if free:
+            self._scratch_kept -= size
+            return free.pop()
+        return np.empty(size, np.uint8)
+
+    def give_scratch(self, scratch: npt.NDArray[np.uint8]) -> None:
+        """It is no longer needed."""
+        if self._scratch_kept + scratch.nbytes <= SCRATCH_KEPT:
+            self._scratch_kept += scratch.nbytes
+            self._scratch[scratch.nbytes].append(scratch)

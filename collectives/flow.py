@@ -1,0 +1,299 @@
+"""What goes on between this peer and one other: whose slices are sent next, how much may be sent unasked, and what came early.
+
+Credits: a receiver that has entered a call grants each of its streams a place for so many bytes. Without that grant a sender sends
+at most 16 KiB of a call, and counts at most 1 MiB of all calls outstanding; a call's share comes back with its credit, with data of
+the same call (which shows that the peer has entered it), or with the receiver's word that it keeps nothing of it. So a reader never
+stops reading, and what it keeps is bounded.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from pccl.core.codec import WireError
+from pccl.core.frames import HEADER_BYTES, SEAL_BYTES, Header, Kind
+from pccl.core.types import Epoch
+from pccl.transports.base import Link, OutFrame
+
+if TYPE_CHECKING:
+    from pccl.collectives.transfer import InStream, OutStream, Transfer
+
+UNCREDITED_PER_CALL = 16 << 10
+"""Payload bytes of a call that may be sent to a peer that has not granted a place for them."""
+UNCREDITED_PER_PEER = 1 << 20
+"""Bytes of all calls, headers included, that may be outstanding in this way."""
+FRAME_OVERHEAD = HEADER_BYTES + SEAL_BYTES
+
+
+class CallKey(NamedTuple):
+    """A transfer, as frames name it."""
+
+    epoch: Epoch
+    call: int
+    sub: int
+
+
+class FlowHost(Protocol):
+    """The executor."""
+
+    def transfer(self, key: CallKey) -> Transfer | None:
+        """The running transfer of this name."""
+
+    def is_over(self, key: CallKey) -> bool:
+        """Whether frames of this call are worthless: its epoch or the call itself is over here."""
+
+    def moved(self, n: int) -> None:
+        """So many payload bytes were received or sent."""
+
+    def link_lost(self, flow: Flow, error: Exception) -> None:
+        """The link broke, or was closed for a breach of the protocol."""
+
+    def needs_flush(self, flow: Flow) -> None:
+        """There is something to send, as soon as `flush` is called."""
+
+    def flush(self) -> None:
+        """Send what the last events made ready."""
+
+
+class Flow:
+    """The traffic with one peer. A LinkHandler."""
+
+    def __init__(self, host: FlowHost, uid: int) -> None:
+        self.uid = uid
+        self.link: Link | None = None
+        self._host = host
+        self._ready: deque[OutStream] = deque()
+        self._capped: list[OutStream] = []
+        """Streams that wait for shares to come back"""
+        self._control: deque[Header] = deque()
+        self._lazy: dict[CallKey, list[Header]] = {}
+        """Credits that can wait: the sender has all it needs, they only return its share"""
+        self._shares: dict[CallKey, int] = {}
+        self._share_total = 0
+        self._early: dict[CallKey, list[tuple[Header, bytearray]]] = {}
+        self._early_bytes = 0
+        self._credits: dict[CallKey, list[Header]] = {}
+        """Grants for calls that this peer has not entered yet"""
+        self._incoming: tuple[Transfer, InStream] | bytearray | None = None
+
+    # --- for transfers ----------------------------------------------------------------------------------------------
+
+    def offer(self, stream: OutStream) -> None:
+        """A stream has a slice to send."""
+        if not stream.queued:
+            stream.queued = True
+            self._ready.append(stream)
+            self._host.needs_flush(self)
+
+    def grant(self, key: CallKey, channel: int, limit: int, signature: int, *, lazy: bool) -> None:
+        """Tell the peer that bytes up to `limit` of a stream have a place here."""
+        header = Header(Kind.CREDIT, key.epoch, key.call, key.sub, channel, limit, 0, signature)
+        if lazy:
+            self._lazy.setdefault(key, []).append(header)
+        else:
+            self._control.append(header)
+            self._host.needs_flush(self)
+
+    def say(self, header: Header) -> None:
+        """Send a frame without payload."""
+        self._control.append(header)
+        self._host.needs_flush(self)
+
+    def take_early(self, key: CallKey) -> tuple[list[tuple[Header, bytearray]], list[Header]]:
+        """What came of a call before it was entered: its frames, and grants for its streams."""
+        frames = self._early.pop(key, [])
+        self._early_bytes -= sum(len(data) + FRAME_OVERHEAD for _, data in frames)
+        return frames, self._credits.pop(key, [])
+
+    def forget(self, epoch: Epoch, call: int | None = None) -> None:
+        """Whatever came early of a call, or of an epoch, is worthless."""
+        for key in [k for k in self._early if k.epoch == epoch and call in (None, k.call)]:
+            self.take_early(key)
+        for table in (self._credits, self._lazy):
+            for key in [k for k in table if k.epoch == epoch and call in (None, k.call)]:
+                del table[key]
+
+    def halt(self, transfer: Transfer) -> None:
+        """Let go of a transfer's memory."""
+        if self.link:
+            self.link.abort(transfer)
+            if isinstance(self._incoming, tuple) and self._incoming[0] is transfer:
+                self.link.redirect()
+        if isinstance(self._incoming, tuple) and self._incoming[0] is transfer:
+            self._incoming = None
+        self._ready = deque(s for s in self._ready if s.transfer is not transfer)
+        self._capped = [s for s in self._capped if s.transfer is not transfer]
+        self._lazy.pop(transfer.key, None)
+
+    def flush_lazy(self) -> None:
+        """Send the credits that could wait until now."""
+        if self._lazy:
+            for headers in self._lazy.values():
+                self._control.extend(headers)
+            self._lazy.clear()
+            self._host.needs_flush(self)
+
+    @property
+    def has_lazy(self) -> bool:
+        """Whether `flush_lazy` has something to do."""
+        return bool(self._lazy)
+
+    # --- the link ---------------------------------------------------------------------------------------------------
+
+    def attach(self, link: Link) -> None:
+        """A new link to the peer; what was under way on an old one is lost, and so are the calls that it belonged to."""
+        self.detach()
+        self.link = link
+
+    def detach(self) -> None:
+        """The link is gone."""
+        link, self.link = self.link, None
+        if link:
+            link.close()
+        self._incoming = None
+        self._ready.clear()
+        self._capped.clear()
+        self._control.clear()
+        self._lazy.clear()
+        self._shares.clear()
+        self._share_total = 0
+        self._early.clear()
+        self._early_bytes = 0
+        self._credits.clear()
+
+    def wake(self) -> None:
+        """Send what can be sent."""
+        if self.link and (self._ready or self._control):
+            self.link.wake()
+
+    def next_frame(self, link: Link) -> OutFrame | None:
+        """Control frames first, then the slices of all streams in turn."""
+        if self._control:
+            return OutFrame(self._control.popleft(), None, None)
+        while self._ready:
+            stream = self._ready.popleft()
+            stream.queued = False
+            if not self._may_send(stream):
+                continue
+            frame = stream.pull()
+            self._lazy.pop(stream.transfer.key, None)  # data says as much
+            if stream.is_ready():
+                stream.queued = True
+                self._ready.append(stream)
+            return frame
+        return None
+
+    def _may_send(self, stream: OutStream) -> bool:
+        length = stream.head_bytes()
+        if stream.position + length <= stream.limit:
+            return True
+        key = stream.transfer.key
+        share = self._shares.get(key, 0)
+        if share + length > UNCREDITED_PER_CALL:
+            return False  # the credit will offer the stream again
+        if self._share_total + length + FRAME_OVERHEAD > UNCREDITED_PER_PEER:
+            self._capped.append(stream)
+            return False
+        self._shares[key] = share + length + FRAME_OVERHEAD
+        self._share_total += length + FRAME_OVERHEAD
+        return True
+
+    def _return_share(self, key: CallKey) -> None:
+        share = self._shares.pop(key, 0)
+        if share:
+            self._share_total -= share
+            capped, self._capped = self._capped, []
+            for stream in capped:
+                self.offer(stream)
+
+    def frame_sent(self, link: Link, frame: OutFrame) -> None:
+        """A slice is out."""
+        if isinstance(frame.note, tuple):
+            self._host.moved(frame.header.length)
+            frame.token.sent(*frame.note)  # type: ignore[attr-defined]
+            self._host.flush()
+
+    def frame_begun(self, link: Link, header: Header) -> memoryview | None:
+        """A slice comes in: to its place if its call is running, aside if that is not so far."""
+        self._incoming = None
+        key = CallKey(header.epoch, header.call, header.sub)
+        transfer = self._host.transfer(key)
+        if transfer:
+            return self._receive(transfer, header)
+        if self._host.is_over(key):
+            return None
+        if self._early_bytes + header.length + FRAME_OVERHEAD > UNCREDITED_PER_PEER:
+            self._breach("it sent more than it was allowed to without credit")
+            return None
+        self._early_bytes += header.length + FRAME_OVERHEAD
+        self._incoming = bytearray(header.length)
+        return memoryview(self._incoming)
+
+    def _receive(self, transfer: Transfer, header: Header) -> memoryview | None:
+        self._return_share(transfer.key)
+        stream = transfer.in_stream(self, header)
+        if stream is None:
+            return None
+        self._incoming = (transfer, stream)
+        return stream.place()
+
+    def frame_ended(self, link: Link, header: Header, good: bool) -> None:
+        """A frame is complete."""
+        self._take(header, good)
+        self._host.flush()
+
+    def _take(self, header: Header, good: bool) -> None:
+        if header.kind == Kind.DATA:
+            incoming, self._incoming = self._incoming, None
+            if isinstance(incoming, tuple):
+                self._host.moved(header.length)
+                if good:
+                    incoming[1].arrived()
+                else:
+                    incoming[1].voided()
+            elif incoming is not None:
+                key = CallKey(header.epoch, header.call, header.sub)
+                transfer = self._host.transfer(key)
+                if not good or self._host.is_over(key):
+                    self._early_bytes -= header.length + FRAME_OVERHEAD
+                elif transfer:  # it was entered while the frame came in
+                    self._early_bytes -= header.length + FRAME_OVERHEAD
+                    self.redeliver(transfer, header, incoming)
+                else:
+                    self._early.setdefault(key, []).append((header, incoming))
+            return
+        key = CallKey(header.epoch, header.call, header.sub)
+        if header.kind == Kind.CREDIT:
+            transfer = self._host.transfer(key)
+            if transfer:
+                self._return_share(key)
+                transfer.credited(self, header)
+            elif not self._host.is_over(key):
+                self._credits.setdefault(key, []).append(header)
+        elif header.kind == Kind.DISCARDED:
+            for share in [k for k in self._shares if k.epoch == header.epoch and k.call == header.call]:
+                self._return_share(share)
+        else:
+            for share in [k for k in self._shares if k.epoch == header.epoch]:
+                self._return_share(share)
+
+    def redeliver(self, transfer: Transfer, header: Header, data: bytearray) -> None:
+        """Treat a frame that came early as if it came now."""
+        place = self._receive(transfer, header)
+        incoming, self._incoming = self._incoming, None
+        if place is not None and isinstance(incoming, tuple):
+            place[:] = data
+            incoming[1].arrived()
+
+    def link_lost(self, link: Link, error: Exception) -> None:
+        """The link broke."""
+        if link is self.link:
+            self.link = None
+            self.detach()
+            self._host.link_lost(self, error)
+
+    def _breach(self, what: str) -> None:
+        """The peer does not keep to the protocol: there is no going on with this link."""
+        self.detach()
+        self._host.link_lost(self, WireError(f"peer {self.uid} broke the protocol: {what}"))

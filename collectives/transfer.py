@@ -1,0 +1,475 @@
+"""One attempt to move one collective's data: a program running slice by slice on the caller's memory.
+
+Slices are sent from where they lie and received where they belong, or into scratch when they have to be combined or come before their turn.
+A transfer knows no task, no clock and no lock: it reacts to slices that arrive and slices that are out, and says when all is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from pccl.collectives.flow import UNCREDITED_PER_CALL, CallKey, Flow
+from pccl.collectives.program import Layout, Program, Unit, Use
+from pccl.core.frames import Header, Kind
+from pccl.core.step import Action
+from pccl.transports.base import OutFrame
+
+Array = npt.NDArray[np.generic]
+
+
+class Arithmetic(Protocol):
+    """The reduction of one call."""
+
+    def combine(self, out: Array, a: Array, b: Array) -> None:
+        """out = a op b"""
+
+    def fold(self, out: Array, parts: list[Array], final: bool) -> None:
+        """out = parts[0] op parts[1] op ..., finished if final."""
+
+    def finish(self, x: Array) -> None:
+        """Every contribution is in."""
+
+
+class TransferHost(Protocol):
+    """The executor."""
+
+    def done(self, transfer: Transfer) -> None:
+        """The result is there, everything is out, and the transfer holds no memory."""
+
+    def mismatch(self, transfer: Transfer, flow: Flow) -> None:
+        """A peer's frames are not of the same call."""
+
+    def take_scratch(self, nbytes: int) -> npt.NDArray[np.uint8]:
+        """Memory for one slice."""
+
+    def give_scratch(self, scratch: npt.NDArray[np.uint8]) -> None:
+        """It is no longer needed."""
+
+
+class Undo:
+    """What an in-place collective overwrites, so that it can be put back."""
+
+    def __init__(self, memory: npt.NDArray[np.uint8], spare: npt.NDArray[np.uint8]) -> None:
+        self._memory = memory
+        self._spare = spare
+        self._saved: list[tuple[int, int]] = []
+
+    def save(self, start: int, stop: int) -> None:
+        """These bytes are about to be overwritten for the first time."""
+        self._spare[start:stop] = self._memory[start:stop]
+        self._saved.append((start, stop))
+
+    def restore(self) -> None:
+        """Put everything back, bit for bit."""
+        for start, stop in self._saved:
+            self._memory[start:stop] = self._spare[start:stop]
+        self._saved.clear()
+
+
+class InStream:
+    """What comes from one peer on one channel, in order."""
+
+    __slots__ = ("_scratch", "_slice", "_unit", "channel", "flow", "limit", "position", "released", "total", "transfer", "units", "window")
+
+    def __init__(self, transfer: Transfer, flow: Flow, channel: int, units: list[Unit], total: int, window: int) -> None:
+        self.transfer = transfer
+        self.flow = flow
+        self.channel = channel
+        self.units = units
+        self.total = total
+        self.window = window
+        self.position = 0
+        self.released = 0
+        """Bytes whose memory is free again"""
+        self.limit = min(total, window)
+        self._unit = 0
+        self._slice = 0
+        self._scratch: npt.NDArray[np.uint8] | None = None
+        self._skip_empty()
+
+    @property
+    def expected(self) -> int:
+        """Length of the next slice in bytes; 0 at the end."""
+        if self._unit == len(self.units):
+            return 0
+        return self.transfer.slice_bytes(self.units[self._unit].use.block, self._slice)
+
+    def place(self) -> memoryview:
+        """Where the next slice goes."""
+        unit, s, t = self.units[self._unit], self._slice, self.transfer
+        if unit.action == Action.RECEIVE and t.is_due(unit.use, s):
+            return t.writable_bytes(unit.use, s)
+        n = self.expected
+        self._scratch = t.host.take_scratch(n)
+        return self._scratch.data[:n]
+
+    def arrived(self) -> None:
+        """The next slice is where `place` said."""
+        unit, s = self.units[self._unit], self._slice
+        scratch, self._scratch = self._scratch, None
+        n = self.expected
+        self.position += n
+        self.transfer.bytes_received += n
+        self._slice += 1
+        self._skip_empty()
+        self.transfer.received(self, unit, s, scratch, n)
+
+    def voided(self) -> None:
+        """The next slice was given up by its sender: the call will be aborted."""
+        if self._scratch is not None:
+            self.transfer.host.give_scratch(self._scratch)
+            self._scratch = None
+
+    def release(self, n: int) -> None:
+        """The memory of so many bytes is free again."""
+        self.released += n
+        room = min(self.total, self.released + self.window)
+        if self.limit < self.total and (room - self.limit) * 2 >= self.window:
+            self.limit = room
+            self.flow.grant(self.transfer.key, self.channel, room, self.transfer.signature, lazy=False)
+
+    def _skip_empty(self) -> None:
+        slices = self.transfer.layout.slices
+        while self._unit < len(self.units) and self._slice >= slices[self.units[self._unit].use.block]:
+            self._unit += 1
+            self._slice = 0
+
+
+class OutStream:
+    """What goes to one peer on one channel, in order."""
+
+    __slots__ = ("_slice", "_unit", "channel", "flow", "limit", "position", "queued", "transfer", "units")
+
+    def __init__(self, transfer: Transfer, flow: Flow, channel: int, units: list[Unit]) -> None:
+        self.transfer = transfer
+        self.flow = flow
+        self.channel = channel
+        self.units = units
+        self.position = 0
+        self.limit = 0
+        """Bytes that have a place at the peer"""
+        self.queued = False
+        self._unit = 0
+        self._slice = 0
+        self._skip_empty()
+
+    def is_ready(self) -> bool:
+        """Whether the next slice may be sent, credit apart."""
+        return self._unit < len(self.units) and self.transfer.is_due(self.units[self._unit].use, self._slice)
+
+    def head_bytes(self) -> int:
+        """Length of the next slice."""
+        return self.transfer.slice_bytes(self.units[self._unit].use.block, self._slice)
+
+    def pull(self) -> OutFrame:
+        """The next slice, which is ready, as a frame."""
+        unit, s, t = self.units[self._unit], self._slice, self.transfer
+        payload = t.readable_bytes(unit.use, s)
+        n = len(payload)
+        header = Header(Kind.DATA, t.key.epoch, t.key.call, t.key.sub, self.channel, self.position, n, t.signature)
+        self.position += n
+        t.bytes_sent += n
+        self._slice += 1
+        self._skip_empty()
+        return OutFrame(header, payload, t, (unit.use.block, s))
+
+    def _skip_empty(self) -> None:
+        slices = self.transfer.layout.slices
+        while self._unit < len(self.units) and self._slice >= slices[self.units[self._unit].use.block]:
+            self._unit += 1
+            self._slice = 0
+
+
+class Transfer:
+    """A running program.
+
+    Args:
+        source, target: the caller's input and output as flat arrays of one dtype; the same memory where it works in place; None where the
+            rank has none.
+        undo: saves what is overwritten, if the call may have to give its inputs back.
+        flows: rank -> the flow to that peer.
+        window: bytes of scratch and early slices that all peers together may occupy.
+    """
+
+    def __init__(
+        self,
+        host: TransferHost,
+        key: CallKey,
+        signature: int,
+        prog: Program,
+        lay: Layout,
+        source: Array | None,
+        target: Array | None,
+        arithmetic: Arithmetic,
+        flows: Mapping[int, Flow],
+        *,
+        undo: Undo | None,
+        window: int,
+    ) -> None:
+        self.host = host
+        self.key = key
+        self.signature = signature
+        self.program = prog
+        self.layout = lay
+        self.bytes_sent = 0
+        self.bytes_received = 0
+        self.halted = False
+        some = source if source is not None else target
+        assert some is not None
+        self._dtype = some.dtype
+        self._item = some.dtype.itemsize
+        self._source = source
+        self._target = target
+        self._source_bytes = source.view(np.uint8).data if source is not None else memoryview(b"")
+        self._target_bytes = target.view(np.uint8).data if target is not None else memoryview(b"")
+        self._arithmetic = arithmetic
+        self._undo = undo
+        self._left = lay.actions
+        self._writes = [[0] * n for n in lay.slices]
+        self._reads = [[0] * n for n in lay.slices]
+        self._scratch: dict[tuple[int, int], tuple[npt.NDArray[np.uint8], InStream | None, int]] = {}
+        """(block, slice) of a block without a target -> its memory, and the stream and bytes that it counts against"""
+        self._parked: dict[tuple[int, int], list[tuple[InStream, Unit, npt.NDArray[np.uint8], int]]] = {}
+        """Slices that came before their turn"""
+        slice_bytes = lay.slice_size * self._item
+        share = max(2 * slice_bytes, window // max(1, len(prog.ins)))
+        self._ins = {
+            key: InStream(self, flows[key[0]], key[1], units, lay.in_totals[key] * self._item, share) for key, units in prog.ins.items()
+        }
+        self._outs = {key: OutStream(self, flows[key[0]], key[1], units) for key, units in prog.outs.items()}
+        self._flows = {flows[rank]: rank for rank in prog.peers}
+        self._flow_of = {rank: flow for flow, rank in self._flows.items()}
+
+    # --- life -------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin: grant credits, take what came early, and offer what can be sent."""
+        for (rank, channel), stream in self._ins.items():
+            if stream.total:
+                self._flow_of[rank].grant(self.key, channel, stream.limit, self.signature, lazy=stream.total <= UNCREDITED_PER_CALL)
+        for flow in self._flows:
+            frames, credits = flow.take_early(self.key)
+            for header in credits:
+                self.credited(flow, header)
+            for header, data in frames:
+                if not self.halted:
+                    flow.redeliver(self, header, data)
+        for unit in self.program.local:
+            for s in range(self.layout.slices[unit.use.block]):
+                self._try(unit, s)
+        for out in self._outs.values():
+            if out.is_ready():
+                out.flow.offer(out)
+        self._check_done()
+
+    def halt(self) -> None:
+        """Stop, and hold no memory."""
+        self.halted = True
+        for flow in self._flows:
+            flow.halt(self)
+        for scratch, _, _ in self._scratch.values():
+            self.host.give_scratch(scratch)
+        for waiting in self._parked.values():
+            for _, _, scratch, _ in waiting:
+                self.host.give_scratch(scratch)
+        for stream in self._ins.values():
+            stream.voided()
+        self._scratch.clear()
+        self._parked.clear()
+
+    # --- what flows ask ---------------------------------------------------------------------------------------------
+
+    def in_stream(self, flow: Flow, header: Header) -> InStream | None:
+        """The stream that a frame belongs to; None if it is not of the same call."""
+        stream = self._ins.get((self._flows[flow], header.channel)) if flow in self._flows else None
+        right = stream and header.position == stream.position and header.length == stream.expected
+        if self.halted or not right or header.signature != self.signature:
+            if not self.halted:
+                self.host.mismatch(self, flow)
+            return None
+        return stream
+
+    def credited(self, flow: Flow, header: Header) -> None:
+        """A peer has a place for more of a stream."""
+        stream = self._outs.get((self._flows[flow], header.channel)) if flow in self._flows else None
+        if stream is None or header.signature != self.signature:
+            if not self.halted:
+                self.host.mismatch(self, flow)
+        elif header.position > stream.limit:
+            stream.limit = header.position
+            if stream.is_ready():
+                flow.offer(stream)
+
+    def sent(self, block: int, s: int) -> None:
+        """A slice is out."""
+        if self.halted:
+            return
+        self._reads[block][s] += 1
+        self._left -= 1
+        self._changed(block, s)
+        self._check_done()
+
+    def received(self, stream: InStream, unit: Unit, s: int, scratch: npt.NDArray[np.uint8] | None, n: int) -> None:
+        """A slice has come: into its place (no scratch), or to be combined, or to wait for its turn."""
+        if scratch is None:
+            self._wrote(unit.use, s, stream, n)
+        elif self.is_due(unit.use, s):
+            self._apply(stream, unit, s, scratch, n)
+        else:
+            self._parked.setdefault((unit.use.block, s), []).append((stream, unit, scratch, n))
+        self._check_done()
+
+    # --- memory -----------------------------------------------------------------------------------------------------
+
+    def slice_bytes(self, block: int, s: int) -> int:
+        """Length of a slice."""
+        size = self.layout.slice_size
+        return min(size, self.layout.sizes[block] - s * size) * self._item
+
+    def is_due(self, use: Use, s: int) -> bool:
+        """Whether everything that a unit has to wait for has happened to the slice, and it has not run yet."""
+        writes = self._writes[use.block][s]
+        if use.reads < 0:
+            return writes >= use.writes
+        return writes == use.writes and self._reads[use.block][s] >= use.reads
+
+    def readable_bytes(self, use: Use, s: int) -> memoryview:
+        """The slice's present content."""
+        start, n = s * self.layout.slice_size * self._item, self.slice_bytes(use.block, s)
+        if use.first:
+            start += self.layout.source[use.block] * self._item
+            return self._source_bytes[start : start + n]
+        where = self.layout.target[use.block]
+        if where < 0:
+            return self._scratch[use.block, s][0].data[:n]
+        start += where * self._item
+        return self._target_bytes[start : start + n]
+
+    def writable_bytes(self, use: Use, s: int) -> memoryview:
+        """Where the slice's new content goes, made ready to be overwritten."""
+        n, where = self.slice_bytes(use.block, s), self.layout.target[use.block]
+        if where < 0:
+            return self._scratch_for(use, s).data[:n]
+        start = (where + s * self.layout.slice_size) * self._item
+        if use.first and self._undo:
+            self._undo.save(start, start + n)
+        return self._target_bytes[start : start + n]
+
+    def _content(self, use: Use, s: int) -> Array:
+        """The slice's present content."""
+        start = s * self.layout.slice_size
+        size = min(self.layout.slice_size, self.layout.sizes[use.block] - start)
+        if use.first:
+            assert self._source is not None
+            start += self.layout.source[use.block]
+            return self._source[start : start + size]
+        return self._home(use, s)
+
+    def _home(self, use: Use, s: int) -> Array:
+        """Where the slice's new content goes."""
+        start = s * self.layout.slice_size
+        size = min(self.layout.slice_size, self.layout.sizes[use.block] - start)
+        where = self.layout.target[use.block]
+        if where < 0:
+            return self._scratch_for(use, s)[: size * self._item].view(self._dtype)
+        assert self._target is not None
+        start += where
+        return self._target[start : start + size]
+
+    def _fresh_home(self, use: Use, s: int) -> Array:
+        """Where the slice's new content goes, made ready to be overwritten."""
+        home = self._home(use, s)
+        if use.first and self._undo and self.layout.target[use.block] >= 0:
+            start = (self.layout.target[use.block] + s * self.layout.slice_size) * self._item
+            self._undo.save(start, start + home.nbytes)
+        return home
+
+    def _scratch_for(self, use: Use, s: int) -> npt.NDArray[np.uint8]:
+        known = self._scratch.get((use.block, s))
+        if known is None:
+            known = self._scratch[use.block, s] = (self.host.take_scratch(self.slice_bytes(use.block, s)), None, 0)
+        return known[0]
+
+    # --- progress ---------------------------------------------------------------------------------------------------
+
+    def _apply(self, stream: InStream, unit: Unit, s: int, scratch: npt.NDArray[np.uint8], n: int) -> None:
+        """Use a slice that lies in scratch."""
+        came = scratch[:n].view(self._dtype)
+        if unit.action == Action.RECEIVE:
+            self._fresh_home(unit.use, s)[:] = came
+        else:
+            home = self._fresh_home(unit.use, s)
+            self._arithmetic.combine(home, self._content(unit.use, s), came)
+            if unit.final:
+                self._arithmetic.finish(home)
+        self.host.give_scratch(scratch)
+        self._wrote(unit.use, s, stream, n)
+
+    def _try(self, unit: Unit, s: int) -> None:
+        """Run a local unit on a slice if it is due."""
+        if not self.is_due(unit.use, s):
+            return
+        if unit.action == Action.COPY:
+            source, home = self._content(unit.use, s), self._fresh_home(unit.use, s)
+            if source.ctypes.data != home.ctypes.data:
+                home[:] = source
+            self._wrote(unit.use, s)
+            return
+        if not all(self.is_due(u, s) for u in unit.sources):
+            return
+        parts = [self._content(u, s) for u in unit.sources]
+        self._arithmetic.fold(self._fresh_home(unit.use, s), parts, unit.final)
+        for u in unit.sources:
+            self._writes[u.block][s] += 1
+            self._free_scratch(u.block, s)
+        self._wrote(unit.use, s)
+
+    def _wrote(self, use: Use, s: int, stream: InStream | None = None, n: int = 0) -> None:
+        """A slice has new content; `stream` brought it, and gets its room back when no scratch holds it."""
+        block = use.block
+        self._writes[block][s] += 1
+        self._left -= 1
+        if stream:
+            known = self._scratch.get((block, s))
+            if known and known[1] is None and use.first:
+                self._scratch[block, s] = (known[0], stream, n)
+            else:
+                stream.release(n)
+        self._changed(block, s)
+
+    def _changed(self, block: int, s: int) -> None:
+        """Go on with whatever waited for this."""
+        self._free_scratch(block, s)
+        parked = self._parked.pop((block, s), None)
+        if parked:
+            for i, (stream, unit, scratch, n) in enumerate(parked):
+                if self.is_due(unit.use, s):
+                    rest = parked[:i] + parked[i + 1 :]
+                    if rest:
+                        self._parked[block, s] = rest
+                    self._apply(stream, unit, s, scratch, n)
+                    return  # which has come back here for the others
+            self._parked[block, s] = parked
+        for unit in self.program.waiters[block]:
+            self._try(unit, s)
+        for key in self.program.senders[block]:
+            out = self._outs[key]
+            if not out.queued and out.is_ready():
+                out.flow.offer(out)
+
+    def _free_scratch(self, block: int, s: int) -> None:
+        if self._writes[block][s] + self._reads[block][s] == self.program.uses[block]:
+            known = self._scratch.pop((block, s), None)
+            if known:
+                self.host.give_scratch(known[0])
+                if known[1]:
+                    known[1].release(known[2])
+
+    def _check_done(self) -> None:
+        if not self._left and not self.halted:
+            self._left = -1
+            self.host.done(self)

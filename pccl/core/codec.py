@@ -1,0 +1,148 @@
+"""Typed messages in MessagePack: a message is an array of its class's code and its fields, each checked against its annotation.
+
+Fields may be bool, int, float, str, bytes, None, unions of these, tuples (``tuple[X, ...]`` or ``tuple[X, Y]``) and NamedTuples of
+such fields.
+What does not fit raises WireError, whatever the bytes were; nothing else comes out of `decode`.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar, dataclass_transform
+
+import msgpack
+
+MAX_MESSAGE = 16 << 20
+"""Bytes; a longer control message is refused unread."""
+
+T = TypeVar("T", bound=type)
+Checker = Callable[[Any], Any]
+
+_class_of: dict[int, tuple[type, list[Checker]]] = {}
+_code_of: dict[type, tuple[int, tuple[str, ...]]] = {}
+
+
+class WireError(Exception):
+    """Bytes from outside are not what the protocol says. Ends the connection, never reaches a caller."""
+
+
+@dataclass_transform(frozen_default=True)
+def message(code: int) -> Callable[[T], T]:
+    """Make a class a message with this code: a frozen dataclass that `encode` and `decode` know."""
+
+    def register(cls: T) -> T:
+        made: Any = dataclass(frozen=True, slots=True)(cls)
+        if code in _class_of:
+            raise ValueError(f"message code {code} is taken by {_class_of[code][0].__name__}")
+        hints = typing.get_type_hints(made)
+        names = tuple(f.name for f in fields(made))
+        _class_of[code] = made, [_checker(hints[name]) for name in names]
+        _code_of[made] = code, names
+        return made  # type: ignore[no-any-return]
+
+    return register
+
+
+def encode(item: Any) -> bytes:
+    """The bytes of a message."""
+    code, names = _code_of[type(item)]
+    packed: bytes = msgpack.packb([code, *[getattr(item, name) for name in names]])
+    return packed
+
+
+def decode(data: bytes | memoryview) -> Any:
+    """The message that the bytes are.
+
+    Raises:
+        WireError: they are not a message, or a field is not of its type.
+    """
+    if len(data) > MAX_MESSAGE:
+        raise WireError(f"a message of {len(data)} bytes, {MAX_MESSAGE} are allowed")
+    try:
+        raw = msgpack.unpackb(data, use_list=False, ext_hook=_no_ext, strict_map_key=True)
+    except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as e:
+        raise WireError(f"not MessagePack: {e!r}") from None
+    if type(raw) is not tuple or not raw or type(raw[0]) is not int:
+        raise WireError("not a message")
+    known = _class_of.get(raw[0])
+    if known is None:
+        raise WireError(f"unknown message code {raw[0]}")
+    cls, checkers = known
+    if len(raw) != len(checkers) + 1:
+        raise WireError(f"{cls.__name__} with {len(raw) - 1} fields instead of {len(checkers)}")
+    try:
+        return cls(*[check(value) for check, value in zip(checkers, raw[1:], strict=True)])
+    except WireError as e:
+        raise WireError(f"{cls.__name__}: {e}") from None
+
+
+def _no_ext(code: int, data: bytes) -> Any:
+    raise ValueError("extension types are not allowed")
+
+
+def _checker(hint: Any) -> Checker:
+    """A function that returns a raw value as the annotation says it should be, or raises WireError."""
+    origin = typing.get_origin(hint)
+    if hint in (bool, int, str, bytes, type(None)):
+        return _exactly(hint)
+    if hint is float:
+        return _number
+    if origin in (typing.Union, types.UnionType):
+        return _any_of(hint, [_checker(arg) for arg in typing.get_args(hint)])
+    if origin is tuple:
+        args = typing.get_args(hint)
+        if len(args) == 2 and args[1] is Ellipsis:
+            return _tuple_of(_checker(args[0]))
+        return _fixed(hint, tuple, [_checker(arg) for arg in args])
+    if isinstance(hint, type) and issubclass(hint, tuple) and hasattr(hint, "_fields"):
+        hints = typing.get_type_hints(hint)
+        return _fixed(hint, lambda values: hint(*values), [_checker(hints[name]) for name in hint._fields])
+    raise TypeError(f"a message cannot hold {hint!r}")
+
+
+def _exactly(kind: type) -> Checker:
+    def check(value: Any) -> Any:
+        if type(value) is not kind:
+            raise WireError(f"{type(value).__name__} instead of {kind.__name__}")
+        return value
+
+    return check
+
+
+def _number(value: Any) -> float:
+    if type(value) is not float and type(value) is not int:
+        raise WireError(f"{type(value).__name__} instead of float")
+    return float(value)
+
+
+def _any_of(hint: Any, checkers: list[Checker]) -> Checker:
+    def check(value: Any) -> Any:
+        for option in checkers:
+            try:
+                return option(value)
+            except WireError:
+                pass
+        raise WireError(f"{type(value).__name__} instead of {hint}")
+
+    return check
+
+
+def _tuple_of(item: Checker) -> Checker:
+    def check(value: Any) -> Any:
+        if type(value) is not tuple:
+            raise WireError(f"{type(value).__name__} instead of an array")
+        return tuple([item(v) for v in value])
+
+    return check
+
+
+def _fixed(hint: Any, make: Callable[[list[Any]], Any], items: list[Checker]) -> Checker:
+    def check(value: Any) -> Any:
+        if type(value) is not tuple or len(value) != len(items):
+            raise WireError(f"{value!r:.80} instead of {getattr(hint, '__name__', hint)}")
+        return make([item(v) for item, v in zip(items, value, strict=True)])
+
+    return check

@@ -1,0 +1,505 @@
+"""The engine of one peer: its control connection, its links, its protocol and its transfers, on one event loop.
+
+It is the shell around `pccl.protocol.peer` and `pccl.collectives.executor`: it turns what they ask for into connections and timers, and what
+happens there into their events. Both faces of the library, and the simulator, use it as it is. All methods are called on its loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pccl.collectives.executor import Executor
+from pccl.collectives.transfer import Transfer
+from pccl.core import codec
+from pccl.core.codec import WireError
+from pccl.core.errors import ConnectError, Evicted, InternalError, MasterUnreachable, PcclError, StateConflict, VersionMismatch
+from pccl.core.messages import PeerInfo, Prepare, Reason, SplitResult, Waiting
+from pccl.core.options import Options
+from pccl.core.types import CallId, Epoch, View
+from pccl.operations import Operation, failure
+from pccl.protocol.member import Membership
+from pccl.protocol.peer import ROOT, Peer, Standpoint
+from pccl.protocol.record import Outcome, Record
+from pccl.transports.base import ControlClient, Link, LinkHandler, LinkTicket, Refusal, Transport
+
+logger = logging.getLogger("pccl")
+
+LAZY_CREDIT = 0.005
+"""Seconds that a credit nobody waits for may wait for company."""
+SPARE_KEPT = 10.0
+"""Seconds of idleness after which the buffer for undoing is given back to the system."""
+
+
+class Engine:
+    """One peer in one group.
+
+    Args:
+        client: not yet started.
+        transport: not yet listening.
+        key: 16 random bytes that tell this peer from all others.
+    """
+
+    def __init__(
+        self, client: ControlClient, transport: Transport, *, group: str, name: str, host: str, key: bytes, address: str, options: Options
+    ) -> None:
+        self.options = options
+        self.executor = Executor(self)
+        self.error: PcclError | None = None
+        """Why this peer is no member any more, once it is not"""
+        self._left = False
+        self._client = client
+        self._transport = transport
+        self._group = group
+        self._name = name
+        self._host = host
+        self._key = key
+        self._address = address
+        self._loop = asyncio.get_running_loop()
+        self._peer: Peer | None = None
+        self._admitted: asyncio.Future[View] = self._loop.create_future()
+        self._leaving: asyncio.Future[None] | None = None
+        self._timers: dict[int, asyncio.TimerHandle] = {}
+        self._timer_due: dict[int, float] = {}
+        self._heart: asyncio.TimerHandle | None = None
+        self._lazy: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._ticket: Prepare | None = None
+        self._ticket_came = asyncio.Event()
+        self._running: dict[Transfer, Operation] = {}
+        self._spare: npt.NDArray[np.uint8] | None = None
+        self._spare_release: asyncio.TimerHandle | None = None
+
+    # --- life -------------------------------------------------------------------------------------------------------
+
+    async def connect(self) -> View:
+        """Connect and wait to be admitted.
+
+        Raises:
+            ConnectError: this peer cannot become a member, and why.
+        """
+        endpoints = await self._transport.listen(self._admit, self._accepted)
+        info = PeerInfo(self._key, self._name, self._host, endpoints, self.options.min_world_size)
+        self._peer = Peer(self, self._group, info, self.options)
+        await self._client.start(self)
+        self._beat()
+        try:
+            async with asyncio.timeout(self.options.connect_timeout):
+                return await self._admitted
+        except TimeoutError:
+            await self.close()
+            raise self._why_not() from None
+        except BaseException:
+            await self.close()
+            raise
+
+    def _why_not(self) -> ConnectError:
+        """The reason why nobody admitted this peer in time."""
+        within = f"within {self.options.connect_timeout:g} s"
+        if self._peer and self._peer.standpoint is Standpoint.PENDING:
+            return ConnectError(
+                f"the master at {self._address} knows this peer, but the members of group {self._group!r} did not let it in {within}: "
+                f"they do so when all of them call update(), and an empty group begins with min_world_size={self.options.min_world_size} peers"
+            )
+        return MasterUnreachable(
+            f"no pccl master answered at {self._address} {within}: is it running, is the address right, does a firewall stand between?"
+        )
+
+    async def leave(self) -> None:
+        """Leave the group in the place of the next update, and close."""
+        if self._peer and self._peer.standpoint is Standpoint.MEMBER and self.error is None:
+            self._leaving = self._loop.create_future()
+            self._try_leave()
+            try:
+                async with asyncio.timeout(self.options.heartbeat_timeout):
+                    await self._leaving
+            except TimeoutError:
+                logger.warning("the master did not confirm that this peer leaves; it goes anyway")
+        await self.close()
+
+    async def close(self) -> None:
+        """Stop at once; calls in flight fail."""
+        self._fail_all(self.error or Evicted("its communicator was closed"))
+        for timer in (self._heart, self._lazy, self._spare_release, *self._timers.values()):
+            if timer:
+                timer.cancel()
+        self._heart = self._lazy = None
+        self._timers.clear()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for uid in list(self.executor.flows):
+            self.executor.drop_flow(uid)
+        await self._transport.close()
+        await self._client.close()
+        self._spare = None
+
+    # --- calls ------------------------------------------------------------------------------------------------------
+
+    def membership(self, comm: int) -> Membership:
+        """A communicator of this peer.
+
+        Raises:
+            PcclError: the peer is out of its group.
+        """
+        if self.error:
+            raise self.error
+        if self._peer is None or comm not in self._peer.comms:
+            raise InternalError(f"communicator {comm} is not known")
+        return self._peer.comms[comm]
+
+    def submit(self, op: Operation) -> None:
+        """Make a call; `op.settle` is called when it has ended. It never raises: errors go there, too."""
+        try:
+            membership = self.membership(op.comm)
+            op.engine = self
+            op.began = self._loop.time()
+            if op.timeout is not None:
+                op.deadline = self._loop.call_later(op.timeout, self.expire, op)
+            membership.enter(op.record, self._loop.time())
+            self._arm(membership)
+        except PcclError as e:
+            op.settle(e)
+
+    def expire(self, op: Operation) -> None:
+        """The call's deadline has passed."""
+        self._end(op, Reason.DEADLINE, f"its deadline of {op.timeout:g} s passed" if op.timeout is not None else "")
+
+    def cancel(self, op: Operation) -> None:
+        """The caller does not want the call any more."""
+        self._end(op, Reason.CANCELLED, "its caller cancelled it")
+
+    def fail(self, op: Operation, detail: str) -> None:
+        """The call cannot go on here: the body of a round raised, or the call does not fit the membership."""
+        self._end(op, Reason.EXCEPTION, detail)
+
+    def sealed(self, op: Operation) -> None:
+        """All of a round is known now."""
+        self._check_complete(op)
+
+    def moved(self, op: Operation) -> None:
+        """Something that is no transfer (a round's later call, a phase of sync_state) has brought the operation further."""
+        self._check_complete(op)
+
+    def _end(self, op: Operation, reason: int, detail: str) -> None:
+        if not op.settled and self.error is None and self._peer and op.comm in self._peer.comms:
+            membership = self._peer.comms[op.comm]
+            membership.expire(op.record, reason, detail, self._loop.time())
+            self._arm(membership)
+
+    def _check_complete(self, op: Operation) -> None:
+        if not op.settled and op.is_complete() and self._peer and op.comm in self._peer.comms:
+            membership = self._peer.comms[op.comm]
+            membership.complete(op.record, self._loop.time())
+            self._arm(membership)
+
+    def spare(self, nbytes: int) -> npt.NDArray[np.uint8]:
+        """Memory for undoing or staging a call; hand it back with `give_spare`."""
+        spare, self._spare = self._spare, None
+        if spare is None or len(spare) < nbytes:
+            return np.empty(nbytes, np.uint8)
+        return spare
+
+    def give_spare(self, spare: npt.NDArray[np.uint8]) -> None:
+        """It is not needed any more. The largest is kept for a while: fresh memory costs a page fault per 4 KiB."""
+        if self._spare is None or len(self._spare) < len(spare):
+            self._spare = spare
+        if self._spare_release:
+            self._spare_release.cancel()
+        self._spare_release = self._loop.call_later(SPARE_KEPT, self._drop_spare)
+
+    def _drop_spare(self) -> None:
+        self._spare = None
+
+    # --- control client ---------------------------------------------------------------------------------------------
+
+    def control_up(self) -> None:
+        """The control connection is there, perhaps again."""
+        if self._peer:
+            self._peer.connected()
+
+    def control_down(self) -> None:
+        """It is gone for now."""
+        logger.info("the control connection to %s is down; trying again", self._address)
+
+    def control_refused(self, error: Exception) -> None:
+        """The master does not talk to this peer."""
+        if isinstance(error, PcclError):
+            self._out(error)
+
+    def control_received(self, data: bytes) -> None:
+        """A message of the master."""
+        assert self._peer
+        try:
+            self._peer.receive(codec.decode(data), self._loop.time())
+        except WireError as e:
+            logger.warning("a message of the master at %s makes no sense: %s", self._address, e)
+        for membership in list(self._peer.comms.values()):
+            self._arm(membership)
+        if self._leaving:
+            self._try_leave()
+
+    # --- protocol (PeerHost) ----------------------------------------------------------------------------------------
+
+    def send(self, message: object) -> None:
+        """To the master."""
+        self._client.send(codec.encode(message))
+
+    def make_links(self, m: Prepare) -> None:
+        """Dial what an admission asks for."""
+        self._ticket = m
+        self._ticket_came.set()
+        self._ticket_came = asyncio.Event()
+        self._spawn(self._make_links(m))
+
+    async def _make_links(self, m: Prepare) -> None:
+        contacts = {c.uid: c.endpoints for c in m.contacts}
+        results = await asyncio.gather(*(self._dial(m, uid, contacts.get(uid, ())) for uid in m.dial))
+        if self._peer and self._ticket is m:
+            self._peer.links_made(m.admission, tuple(uid for uid, ok in zip(m.dial, results, strict=True) if not ok))
+
+    async def _dial(self, m: Prepare, uid: int, endpoints: tuple[str, ...]) -> bool:
+        ticket = LinkTicket(m.admission, m.secret, m.uid, uid)
+        flow = self.executor.flow(uid)
+        try:
+            link = await self._transport.dial(endpoints, ticket, flow, self.options.dial_timeout)
+        except Refusal as e:
+            logger.warning("no link to peer %d: %s", uid, e)
+            return False
+        flow.attach(link)
+        return True
+
+    async def _admit(self, admission: int, dialer: int, acceptor: int) -> LinkTicket | None:
+        """A stranger claims to be a peer of an admission, which this one may not have heard of yet."""
+        while self._ticket is None or self._ticket.admission < admission:
+            await self._ticket_came.wait()
+        m = self._ticket
+        if m.admission != admission or m.uid != acceptor or all(c.uid != dialer for c in m.contacts):
+            return None
+        return LinkTicket(admission, m.secret, dialer, acceptor)
+
+    def _accepted(self, link: Link) -> LinkHandler:
+        flow = self.executor.flow(link.uid)
+        flow.attach(link)
+        return flow
+
+    def admitted(self, view: View) -> None:
+        """This peer is a member."""
+        self.executor.enter_epoch(view.epoch, None, ())
+        self._check_links(view)
+        if not self._admitted.done():
+            self._admitted.set_result(view)
+
+    def epoch_changed(self, comm: int, old: View, new: View) -> None:
+        """A communicator goes on in a new epoch: old traffic is over, links to those who are out are closed."""
+        here = {m.uid for m in new.members}
+        self.executor.enter_epoch(new.epoch, old.epoch, [m.uid for m in old.members if m.uid in here])
+        if comm == ROOT:
+            for uid in [uid for uid in self.executor.flows if uid not in here]:
+                self.executor.drop_flow(uid)
+            self._check_links(new)
+
+    def _check_links(self, view: View) -> None:
+        """Complain of links that are missing without the master knowing."""
+        assert self._peer
+        mine = self._peer.uid
+        broken = {frozenset(link) for link in self._peer.root.broken}
+        for m in view.members:
+            flow = self.executor.flows.get(m.uid)
+            if m.uid != mine and (flow is None or flow.link is None) and frozenset((m.uid, mine)) not in broken:
+                self._peer.link_lost(m.uid, "there is no link")
+
+    def start(self, comm: int, record: Record) -> None:
+        """Begin an attempt."""
+        op = self._op(record)
+        membership = self.membership(comm)
+        try:
+            op.begin(membership.view, record)
+        except PcclError as e:  # the call does not fit this membership
+            op.reason = e
+            self.fail(op, str(e))
+            return
+        self._check_complete(op)
+
+    def run(self, op: Operation, transfer: Transfer) -> None:
+        """Run a transfer of a call."""
+        self._running[transfer] = op
+        self.executor.start(transfer)
+
+    def halt(self, comm: int, record: Record) -> None:
+        """Stop a call's transfers; they hold no memory when this returns."""
+        op = self._op(record)
+        for transfer in [t for t, o in self._running.items() if o is op]:
+            del self._running[transfer]
+            self.executor.halt(transfer)
+        op.halt()
+
+    def discard(self, comm: int, epoch: Epoch, call: CallId) -> None:
+        """A call was aborted: nothing of it is kept."""
+        membership = self.membership(comm)
+        uids = call.pair or [m.uid for m in membership.view.members]
+        self.executor.discard(epoch, call.key, [u for u in uids if u != membership.uid])
+
+    def restore(self, comm: int, record: Record) -> None:
+        """Give the inputs back; another attempt begins."""
+        self._op(record).restore()
+
+    def agreed(self, comm: int, record: Record, payload: bytes) -> None:
+        """The master has answered what all members gave."""
+        self._op(record).agreed(codec.decode(payload))
+
+    def finish(self, comm: int, record: Record, outcome: Outcome) -> None:
+        """A call is over."""
+        op = self._op(record)
+        op.view = outcome.view
+        if op.deadline:
+            op.deadline.cancel()
+        if not outcome.committed:
+            op.restore()
+            op.settle(op.reason or failure(op, record, outcome))
+            return
+        try:
+            op.settle(op.result(outcome, record))
+        except PcclError as e:
+            op.settle(e)
+
+    def adopt(self, parent: int, result: SplitResult) -> Membership | None:
+        """The communicator that a split made for this peer."""
+        assert self._peer
+        made = self._peer.adopt(self.membership(parent), result)
+        if made:
+            self.executor.enter_epoch(made.epoch, None, ())
+        return made
+
+    def waits_for(self, comm: int, m: Waiting) -> None:
+        """Log that a call waits."""
+        names = {x.uid: x.name for x in self.membership(comm).view.members}
+        text = "call %s waits for %s, which have not made it for %g s"
+        logger.warning(text, m.call, ", ".join(names.get(u, str(u)) for u in m.missing), self.options.log_waiting)
+
+    def refused(self, reason: int, detail: str) -> None:
+        """The master does not want this peer."""
+        self._out(VersionMismatch(detail) if reason == Reason.REFUSED else ConnectError(detail))
+
+    def gone(self, reason: int, detail: str) -> None:
+        """This peer is out of its group."""
+        if reason == Reason.LEFT:
+            self._out(Evicted("it left"))
+        elif reason == Reason.CONFLICT:
+            self._out(StateConflict(f"this peer is no longer in its group: {detail}"))
+        else:
+            self._out(Evicted(detail))
+
+    def give_up(self, detail: str) -> None:
+        """No verdict came."""
+        self._out(Evicted(detail))
+
+    def _out(self, error: PcclError) -> None:
+        """This peer is out: everything in flight fails, and everything from now on."""
+        if self.error:
+            return
+        self.error = error
+        if self._leaving and not self._leaving.done():
+            self._leaving.set_result(None)
+        else:
+            logger.warning("out of group %r: %s", self._group, error)
+        self._fail_all(error)
+        for uid in list(self.executor.flows):
+            self.executor.drop_flow(uid)
+        if not self._admitted.done():
+            self._admitted.set_exception(error)
+
+    def _fail_all(self, error: PcclError) -> None:
+        self.error = self.error or error
+        for membership in list(self._peer.comms.values()) if self._peer else ():
+            for record in membership.abandon():
+                op = self._op(record)
+                self.halt(membership.comm, record)
+                if op.deadline:
+                    op.deadline.cancel()
+                op.restore()
+                op.settle(self.error)
+
+    def _try_leave(self) -> None:
+        """Leave once no call is in flight."""
+        assert self._peer
+        root = self._peer.comms.get(ROOT)
+        if root and not self._left and not any(c.in_flight for c in self._peer.comms.values()):
+            self._left = True
+            root.leave()
+
+    # --- executor ---------------------------------------------------------------------------------------------------
+
+    def transfer_done(self, transfer: Transfer) -> None:
+        """A transfer is complete."""
+        op = self._running.pop(transfer, None)
+        if op:
+            op.transfer_done(transfer)
+            self._check_complete(op)
+
+    def transfer_mismatch(self, transfer: Transfer, uid: int) -> None:
+        """A peer's frames are not of the same call."""
+        op = self._running.get(transfer)
+        if op:
+            self._end(op, Reason.MISMATCH, f"peer {uid} sent frames of another call")
+
+    def flow_broken(self, uid: int, error: Exception) -> None:
+        """The link to a peer is gone."""
+        if self._peer and self.error is None:
+            self._peer.link_lost(uid, str(error) or type(error).__name__)
+
+    def flush_lazy_soon(self) -> None:
+        """Send lazy credits after a while."""
+        if self._lazy is None:
+            self._lazy = self._loop.call_later(LAZY_CREDIT, self._flush_lazy)
+
+    def _flush_lazy(self) -> None:
+        self._lazy = None
+        self.executor.flush_lazy()
+
+    # --- time -------------------------------------------------------------------------------------------------------
+
+    def _beat(self) -> None:
+        """Every heartbeat interval."""
+        if self._peer and self.error is None:
+            self._peer.beat(self.executor.progress)
+            for uid in self.executor.silent_flows(self.options.path_timeout):
+                flow = self.executor.flow(uid)
+                flow.detach()
+                self.flow_broken(uid, ConnectionError(f"nothing was acknowledged for {self.options.path_timeout:g} s"))
+        self._heart = self._loop.call_later(self.options.heartbeat_interval, self._beat)
+
+    def _arm(self, membership: Membership) -> None:
+        """Have the membership's timer go off when it is due."""
+        due = membership.timer()
+        comm = membership.comm
+        armed = self._timer_due.get(comm)
+        if due is None or (armed is not None and armed <= due):
+            return
+        if comm in self._timers:
+            self._timers[comm].cancel()
+        self._timer_due[comm] = due
+        self._timers[comm] = self._loop.call_at(due, self._tick, membership)
+
+    def _tick(self, membership: Membership) -> None:
+        self._timer_due.pop(membership.comm, None)
+        self._timers.pop(membership.comm, None)
+        if self.error is None:
+            membership.tick(self._loop.time())
+            self._arm(membership)
+
+    # --- inside -----------------------------------------------------------------------------------------------------
+
+    def _op(self, record: Record) -> Operation:
+        assert isinstance(record.op, Operation)
+        return record.op
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

@@ -1,0 +1,54 @@
+"""Links in the making: for newcomers, or again where they broke. The younger of a pair dials; where that fails, the older does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from pccl.core.messages import Link
+
+Dial = tuple[int, int]
+"""(uid that dials, uid of the other)"""
+
+N = TypeVar("N")
+C = TypeVar("C")
+
+
+@dataclass(slots=True)
+class Admission(Generic[N, C]):
+    """One attempt to make a set of links, in up to two rounds. `newcomers` and `call` are the group's own notes."""
+
+    number: int
+    secret: bytes
+    newcomers: list[N]
+    call: C | None
+    """The update that lets the newcomers in; None where links are made again, or the group was empty."""
+    dials: list[Dial]
+    waiting: set[int] = field(default_factory=set)
+    """Uids that have not yet said which of their dials failed."""
+    failed: list[Dial] = field(default_factory=list)
+    reversed: bool = False
+
+    def __post_init__(self) -> None:
+        self.waiting = {dialer for dialer, _ in self.dials}
+
+    def ready(self, uid: int, failed: tuple[int, ...]) -> bool:
+        """A member has dialled all of its share; returns whether that was the last of the round."""
+        if uid not in self.waiting:
+            return False
+        self.waiting.discard(uid)
+        self.failed += [(uid, other) for other in failed if (uid, other) in self.dials]
+        return not self.waiting
+
+    def turn(self) -> bool:
+        """Begin the second round if one is due: each failed pair the other way round."""
+        if self.reversed or not self.failed:
+            return False
+        self.dials, self.failed, self.reversed = [(other, dialer) for dialer, other in self.failed], [], True
+        self.waiting = {dialer for dialer, _ in self.dials}
+        return True
+
+    @property
+    def broken(self) -> set[Link]:
+        """Pairs that neither side could link."""
+        return {Link(min(pair), max(pair)) for pair in self.failed}

@@ -1,0 +1,513 @@
+"""A member's side of one communicator: the order of its calls, and how each of them ends.
+
+The counterpart of the master's ledger. A call is HELD or RUNNING, then DONE when this member has its result, and ends by a verdict, by the
+decision of an epoch change, or, before it is done, by the member's own word (deadline, cancellation), which is final for all.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+import xxhash
+
+from pccl.core import codec
+from pccl.core.errors import InternalError, InvalidArgument
+from pccl.core.messages import (
+    Agreed,
+    CallReport,
+    CommReport,
+    Decision,
+    Done,
+    Enter,
+    Failed,
+    Flag,
+    Leave,
+    Leaving,
+    Link,
+    NewEpoch,
+    Overdue,
+    Reason,
+    TagUse,
+    UpdateAsk,
+    Verdict,
+)
+from pccl.core.types import CallId, Epoch, Pair, Tag, View
+from pccl.protocol.record import OPEN, Host, Op, Outcome, Record, State, Stored
+
+ANNOUNCE_AFTER = 0.01
+"""Seconds that a call may take before the master is told of it; most are over by then."""
+
+
+def view_of(m: NewEpoch, uid: int) -> View:
+    """The view of a new epoch that the member with this uid has."""
+    rank = next((i for i, x in enumerate(m.members) if x.uid == uid), -1)
+    return View(m.epoch, rank, m.members, m.min_world_size, m.joined, m.left, m.lost)
+
+
+class Membership:
+    """One communicator at one member."""
+
+    def __init__(
+        self,
+        host: Host,
+        comm: int,
+        view: View,
+        *,
+        uid: int,
+        fresh: bool = False,
+        next_index: int = 0,
+        tags: Iterable[TagUse] = (),
+        ack: int = 0,
+        max_in_flight: int = 4096,
+        grace: float = 3.0,
+        takeover_timeout: float = 15.0,
+    ) -> None:
+        self.host = host
+        self.comm = comm
+        self.view = view
+        self.uid = uid
+        self.fresh = fresh
+        """An admission has just ended: the next call, if it is an update, returns at once and takes no place."""
+        self.broken: tuple[Link, ...] = ()
+        self.next_index = next_index
+        self.ack = ack
+        """Number of the last verdict that this member has"""
+        self.stopped = False
+        self.synced = 0
+        """Number of the communicator's last sync_state"""
+        self.next_uid = 0
+        self._uses: dict[tuple[Tag, Pair | None], int] = {(t.tag, t.pair): t.uses for t in tags}
+        self._records: dict[CallId, Record] = {}
+        """Open calls, and ended ones whose verdict not all members have."""
+        self._open: dict[CallId, Record] = {}
+        self._queue: deque[Record] = deque()
+        self._draining = False
+        self._settled: deque[Record] = deque()
+        """Those of them that have ended with a verdict, by its number."""
+        self._skipped: deque[Record] = deque()
+        """Updates that were skipped, until everyone has passed them."""
+        self._stored: dict[CallId, Stored] = {}
+        self._bits: dict[int, int] = {}
+        """index -> what the verdict of that untagged call said of newcomers"""
+        self._unannounced: deque[Record] = deque()
+        self._owed: list[Record] = []
+        self._update: Record | None = None
+        self._leaving: dict[int, int] = {}
+        self._news = False
+        self._floor = 0
+        self._floor_uses: dict[tuple[Tag, Pair | None], int] = {}
+        self._max_in_flight = max_in_flight
+        self._grace = grace
+        self._takeover_timeout = takeover_timeout
+
+    @property
+    def epoch(self) -> Epoch:
+        """The present one."""
+        return self.view.epoch
+
+    @property
+    def in_flight(self) -> int:
+        """Calls that have not ended."""
+        return len(self._open) + len(self._queue)
+
+    # --- what the caller does ---------------------------------------------------------------------------------------
+
+    def enter(self, record: Record, now: float) -> None:
+        """Make a call; the record is new.
+
+        Raises:
+            InvalidArgument: too many are in flight.
+        """
+        op = record.op
+        if self.in_flight >= self._max_in_flight:
+            raise InvalidArgument(f"{op.description}: {self._max_in_flight} calls are in flight already, as many as max_in_flight allows")
+        if self.stopped or self._update or self._queue:
+            self._queue.append(record)
+        else:
+            self._begin(record, now)
+
+    def complete(self, record: Record, now: float) -> None:
+        """The call's result is here, its sends are out, and nothing holds its memory."""
+        if record.state is not State.RUNNING or self.stopped:
+            return
+        op = record.op
+        if not op.atomic:
+            if record.announced:
+                self.host.send(Done(self.comm, self.epoch, record.id, self._sign(op), op.description, b"", self.ack))
+            self._end(record, State.ENDED, Outcome(True, self.view), now)
+            return
+        record.state = State.DONE
+        payload = b"" if record.payload else op.payload()
+        self.host.send(Done(self.comm, self.epoch, record.id, self._sign(op), op.description, payload, self.ack))
+        record.announced = True
+
+    def expire(self, record: Record, reason: int, detail: str, now: float) -> None:
+        """The call's deadline has passed, its caller cancelled it, its round's body raised, or a frame does not match."""
+        if record.expired or (record.state is State.DONE and reason == Reason.MISMATCH):
+            return
+        record.expired, record.expired_at = (reason, detail), now
+        if record.state is State.QUEUED:
+            self._tell(record, Outcome(False, self.view, reason, detail, by=self.uid))
+        elif self.stopped:
+            pass  # what was reported stands until the decision; if that is to try again, its own word goes out then
+        elif record.state in (State.HELD, State.RUNNING):
+            self._fail(record, now)
+        elif record.state is State.DONE:
+            self._overdue(record)
+
+    def leave(self) -> None:
+        """Leave in the place of the next update; no call is open."""
+        self.host.send(Leave(self.comm, self.epoch, self.next_index))
+
+    # --- what the master says ---------------------------------------------------------------------------------------
+
+    def abandon(self) -> list[Record]:
+        """This peer is out of its group: returns the calls whose callers have not been told how they ended."""
+        left = [r for r in (*self._open.values(), *self._owed, *self._queue) if not r.told]
+        for record in left:
+            record.told = True
+        self._open.clear()
+        self._owed.clear()
+        self._queue.clear()
+        self.stopped = True
+        return left
+
+    def receive(self, m: object, now: float) -> None:
+        """A message about this communicator from the master that this peer obeys."""
+        if isinstance(m, Verdict):
+            self._verdict(m, now)
+        elif isinstance(m, NewEpoch):
+            self._new_epoch(m, now)
+        elif isinstance(m, Agreed):
+            record = self._open.get(m.call)
+            if record and m.epoch == self.epoch and record.state is State.RUNNING:
+                record.payload = m.payload
+                self.host.agreed(self.comm, record, m.payload)
+        elif isinstance(m, Leaving) and m.epoch == self.epoch:
+            self._leaving[m.uid] = m.index
+
+    def stop(self) -> CommReport:
+        """Stop every call, and say what there is to say about each."""
+        if not self.stopped:
+            self.stopped = True
+            for record in self._open.values():
+                if record.state is State.RUNNING:
+                    self.host.halt(self.comm, record)
+        calls = []
+        letters = {State.DONE: "D", State.OVERDUE: "D", State.COMMITTED: "C", State.ABORTED: "A", State.SKIPPED: "U"}
+        for r in self._records.values():
+            payload = r.payload or (r.op.payload() if r.state in (State.DONE, State.OVERDUE) else b"")
+            calls.append(CallReport(r.id, letters.get(r.state, "R"), r.number, r.waiting, r.admitted, payload))
+        tags = tuple(TagUse(tag, pair, n) for (tag, pair), n in self._uses.items())
+        return CommReport(
+            self.comm,
+            self.epoch,
+            self.view.members,
+            self.view.min_world_size,
+            self.next_index,
+            tags,
+            tuple(calls),
+            self.broken,
+            self.next_uid,
+            self.synced,
+        )
+
+    def _verdict(self, m: Verdict, now: float) -> None:
+        if m.epoch != self.epoch:
+            return
+        self.ack = max(self.ack, m.seq)
+        self._forget(m.low)
+        if self._news and self._is_new(m.call):
+            self._news = False
+        outcome = Outcome(m.verdict == "C", self.view, m.reason, m.detail, m.payload, m.by, m.missing, m.claims)
+        record = self._records.get(m.call)
+        if m.verdict == "A":
+            self.host.discard(self.comm, m.epoch, m.call)
+        if record is None:
+            if not self._passed(m.call):
+                self._stored[m.call] = Stored(m.verdict, outcome, m.waiting, m.seq)
+        elif m.verdict != "N":
+            self._learn(record, outcome, m.waiting, m.seq, now)
+        self._release(now)
+
+    def _new_epoch(self, m: NewEpoch, now: float) -> None:
+        if m.epoch <= self.epoch:
+            return
+        old = self.view
+        self.view = view_of(m, self.uid)
+        old_members = {x.uid for x in old.members}
+        self.host.epoch_changed(self.comm, old, self.view)
+        self.ack = max(self.ack, m.seq)
+        self.broken, self.next_uid, self.synced = m.broken, m.next_uid, m.synced
+        self._leaving = {}
+        self._news, self._floor = m.news, m.floor
+        self._floor_uses = dict(self._uses)
+        self.fresh = self.fresh or any(x.uid not in old_members for x in m.joined)
+        again: list[Record] = []
+        for d in m.decisions:
+            self._apply(d, m.seq, again, now)
+        self.stopped = False
+        for record in again:
+            self._restart(record, now)
+        self._check_update(now)
+        self._drain(now)
+
+    def _apply(self, d: Decision, seq: int, again: list[Record], now: float) -> None:
+        """One decision of an epoch change."""
+        outcome = Outcome(d.verdict == "C", self.view, d.reason, d.detail, d.payload)
+        record = self._records.get(d.call)
+        if record is None:
+            if not self._passed(d.call):
+                self._stored[d.call] = Stored(d.verdict, outcome, d.waiting, seq)
+        elif d.verdict == "R" and record.state in OPEN and record.op.retry and record.op.can_retry(self.view):
+            again.append(record)
+        else:
+            if record.state in OPEN and d.admitted:
+                record.admitted = self.fresh = True
+            self._learn(record, outcome, d.waiting, seq, now)
+
+    # --- inside: the order of calls ---------------------------------------------------------------------------------
+
+    def _begin(self, record: Record, now: float) -> None:
+        """Give a call its place, and let it run if it may."""
+        op = record.op
+        fresh, self.fresh = self.fresh, False
+        if op.is_update and fresh and op.tag is None:
+            record.state = State.ENDED
+            self._tell(record, Outcome(True, self.view))
+            return
+        record.state, record.id = State.HELD, self._next_id(op)
+        record.began, record.number = now, self.epoch.number
+        self._records[record.id] = record
+        self._open[record.id] = record
+        stored = self._stored.pop(record.id, None)
+        retried = stored and stored.verdict == "R" and op.retry and op.can_retry(self.view)
+        if stored and stored.verdict != "N" and not retried:
+            self._learn(record, stored.outcome, stored.waiting, stored.seq, now)
+        elif record.expired:
+            self._fail(record, now)
+        elif op.is_update:
+            self._update = record
+            record.state = State.RUNNING
+            self._check_update(now)
+        else:
+            self._run(record, now)
+
+    def _run(self, record: Record, now: float) -> None:
+        """Begin an attempt, unless the call has to be held, or the group is too small."""
+        if self.view.world_size < self.view.min_world_size:
+            self._end(record, State.ENDED, Outcome(False, self.view, Reason.TOO_FEW), now)
+            return
+        held = (self._news and self._is_new(record.id)) or self._meets_leaver(record)
+        record.state = State.HELD if held else State.RUNNING
+        payload = record.op.payload()
+        if held or payload:
+            self._announce(record, payload)
+        elif not record.announced:
+            self._unannounced.append(record)
+        if not held:
+            record.attempts += 1
+            self.host.start(self.comm, record)
+
+    def _restart(self, record: Record, now: float) -> None:
+        """The next attempt of a call, in a new epoch."""
+        record.number, record.announced, record.payload = self.epoch.number, False, b""
+        held, record.state = record.state is State.HELD, State.RUNNING
+        if not held and not record.op.is_update:
+            self.host.restore(self.comm, record)
+        if record.expired:
+            self._fail(record, now)
+        elif not record.op.is_update:
+            self._run(record, now)
+
+    def _check_update(self, now: float) -> None:
+        """Take an open update a step further: skip or announce it once the verdict of the call before it is known; it is done when all
+        earlier calls have ended."""
+        update = self._update
+        if update is None or update.state is not State.RUNNING or self.stopped:
+            return
+        if not update.announced:
+            before = self._records.get(CallId(None, update.id.n - 1))
+            if before and (before.state in OPEN or (before.state is State.ABORTED and before.seq < 0)):
+                return
+            if self._bits.get(update.id.n - 1) == 0 and not (self._news and self._is_new(update.id)):
+                self._end(update, State.SKIPPED, Outcome(True, self.view), now)
+                return
+            update.attempts += 1
+            self._announce(update, update.op.payload())
+        if len(self._open) == 1:
+            self.complete(update, now)
+
+    def _next_id(self, op: Op) -> CallId:
+        if op.tag is None and op.pair is None:
+            self.next_index += 1
+            return CallId(None, self.next_index - 1)
+        name = (op.tag, op.pair)
+        n = self._uses.get(name, 0)
+        self._uses[name] = n + 1
+        return CallId(op.tag, n, op.pair)
+
+    def _passed(self, call: CallId) -> bool:
+        if call.tag is None and call.pair is None:
+            return call.n < self.next_index
+        return call.n < self._uses.get((call.tag, call.pair), 0)
+
+    def _is_new(self, call: CallId) -> bool:
+        """Whether no survivor had entered the call when the epoch began, as far as this one can tell."""
+        if call.tag is None and call.pair is None:
+            return call.n >= self._floor
+        return call.n >= self._floor_uses.get((call.tag, call.pair), 0)
+
+    def _meets_leaver(self, record: Record) -> bool:
+        for uid, index in self._leaving.items():
+            if record.id.pair:
+                if uid in record.id.pair:
+                    return True
+            elif not record.untagged or record.id.n >= index:
+                return True
+        return False
+
+    def _release(self, now: float) -> None:
+        """Held calls may begin once nothing holds them."""
+        if self.stopped:
+            return
+        for record in [r for r in self._open.values() if r.state is State.HELD]:
+            if not (self._news and self._is_new(record.id)) and not self._meets_leaver(record):
+                self._run(record, now)
+
+    # --- inside: how calls end --------------------------------------------------------------------------------------
+
+    def _announce(self, record: Record, payload: bytes) -> None:
+        op = record.op
+        flags = Flag.RETRY * op.retry | Flag.SEALED * op.sealed | Flag.PLAIN * (not op.atomic)
+        self.host.send(Enter(self.comm, self.epoch, record.id, self._sign(op), op.description, payload, flags))
+        record.announced = True
+
+    def _fail(self, record: Record, now: float) -> None:
+        """This member ends the call before it is done, for all."""
+        assert record.expired
+        reason, detail = record.expired
+        if record.state is State.RUNNING:
+            self.host.halt(self.comm, record)
+        op = record.op
+        self.host.send(Failed(self.comm, self.epoch, record.id, self._sign(op), op.description, reason, detail))
+        if reason in (Reason.DEADLINE, Reason.MISMATCH):
+            record.owes_finish = True
+            self._owed.append(record)
+            self._settle(record, State.ABORTED)
+            self._after(now)
+        else:
+            self._end(record, State.ABORTED, Outcome(False, self.view, reason, detail, by=self.uid), now)
+
+    def _overdue(self, record: Record) -> None:
+        record.state = State.OVERDUE
+        self.host.send(Overdue(self.comm, self.epoch, record.id))
+
+    def _learn(self, record: Record, outcome: Outcome, waiting: int, seq: int, now: float) -> None:
+        """The master has spoken: the call ends, if this member has not ended it itself."""
+        if record.seq < 0:
+            record.seq, record.waiting = seq, waiting
+            self._settled.append(record)
+            if waiting >= 0 and record.untagged and record.op.atomic and not record.op.is_update:
+                self._bits[record.id.n] = waiting
+        if record.owes_finish:
+            self._pay(record, outcome)
+        elif record.state in OPEN:
+            if outcome.committed and not (record.state in (State.DONE, State.OVERDUE) or record.op.is_update):
+                raise InternalError(f"{record.op.description} {record.id}: a commit met a call that is {record.state.value} here")
+            record.payload = outcome.payload or record.payload
+            if record.state is State.RUNNING and not self.stopped:
+                self.host.halt(self.comm, record)
+            if record.op.is_update and outcome.reason in (Reason.LOSS, Reason.LINK, Reason.STALL, Reason.TAKEOVER):
+                outcome = Outcome(True, self.view)  # it has nothing to undo, and tells the news by what it returns
+            self._end(record, State.COMMITTED if outcome.committed else State.ABORTED, outcome, now)
+        self._check_update(now)
+
+    def _pay(self, record: Record, outcome: Outcome) -> None:
+        record.owes_finish = False
+        self._owed.remove(record)
+        self._tell(record, outcome)
+
+    def _end(self, record: Record, state: State, outcome: Outcome, now: float) -> None:
+        self._settle(record, state)
+        self._tell(record, outcome)
+        self._after(now)
+
+    def _tell(self, record: Record, outcome: Outcome) -> None:
+        """Once: what expires while it is queued ends for its caller before it has its place."""
+        if not record.told:
+            record.told = True
+            self.host.finish(self.comm, record, outcome)
+
+    def _settle(self, record: Record, state: State) -> None:
+        """Move a call from the open ones to those that are remembered as long as somebody may need that."""
+        record.state = state
+        self._open.pop(record.id, None)
+        if self._update is record:
+            self._update = None
+        if state is State.ENDED:
+            self._records.pop(record.id, None)
+        elif state is State.SKIPPED:
+            self._skipped.append(record)
+        elif state is State.COMMITTED and record.untagged:
+            while self._skipped and self._skipped[0].id.n < record.id.n:  # everyone has entered a later call
+                self._records.pop(self._skipped.popleft().id, None)
+
+    def _after(self, now: float) -> None:
+        """A call has ended: an update may have waited for that."""
+        for index in [i for i in self._bits if i < self.next_index - 2]:
+            del self._bits[index]
+        self._check_update(now)
+        self._drain(now)
+
+    def _drain(self, now: float) -> None:
+        """Begin the calls that had to wait."""
+        if self._draining:
+            return  # a call that ends at once comes back here
+        self._draining = True
+        while self._queue and not self.stopped and not self._update:
+            self._begin(self._queue.popleft(), now)
+        self._draining = False
+
+    def _forget(self, low: int) -> None:
+        """Verdicts up to this one have reached everyone."""
+        while self._settled and self._settled[0].seq <= low:
+            record = self._settled.popleft()
+            if record.state not in OPEN:
+                self._records.pop(record.id, None)
+
+    # --- time -------------------------------------------------------------------------------------------------------
+
+    def timer(self) -> float | None:
+        """When `tick` is due."""
+        times = [self._unannounced[0].began + ANNOUNCE_AFTER] if self._unannounced else []
+        times += [r.expired_at + self._grace for r in self._owed]
+        times += [r.expired_at + self._takeover_timeout for r in self._open.values() if r.expired]
+        return min(times, default=None)
+
+    def tick(self, now: float) -> None:
+        """Announce calls that take a while, and stop waiting for what does not come."""
+        while self._unannounced and self._unannounced[0].began + ANNOUNCE_AFTER <= now:
+            record = self._unannounced.popleft()
+            if record.state is State.RUNNING and not record.announced and not self.stopped and record.op.sealed:
+                self._announce(record, b"")
+        for record in [r for r in self._owed if r.expired_at + self._grace <= now]:
+            assert record.expired
+            self._pay(record, Outcome(False, self.view, *record.expired, by=self.uid))
+        if any(r.expired and now >= r.expired_at + self._takeover_timeout for r in self._open.values()):
+            self.host.give_up("no verdict")
+
+    def update_ask(self) -> bytes:
+        """The payload of an update."""
+        return codec.encode(UpdateAsk(tuple(TagUse(tag, pair, n) for (tag, pair), n in self._uses.items() if pair is None)))
+
+    def _sign(self, op: Op) -> int:
+        """The signature of a call; an update's covers the uses of all tags, since they are handed to newcomers."""
+        total = op.signature
+        if not op.is_update:
+            return total
+        for (tag, pair), n in self._uses.items():
+            if pair is None:
+                total ^= xxhash.xxh3_64_intdigest(f"{tag!r}:{n}".encode())
+        return total

@@ -1,0 +1,188 @@
+"""Frames in a stream of bytes, without input or output: `FrameReader` says where the next bytes go, `FrameWriter` which go out next.
+
+Payloads go directly from and to the memory that the handler names. Bytes are staged only as far as one read brings the end of a payload and
+the headers behind it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from pccl.core.frames import HEADER_BYTES, MAX_PAYLOAD, SEAL_ABORTED, SEAL_BYTES, SEAL_GOOD, Header, Kind, pack_header, unpack_header
+from pccl.transports.base import OutFrame
+
+STAGE_BYTES = 16 << 10
+BATCH_FRAMES = 16
+"""Frames that may be handed to the kernel at once."""
+BATCH_BYTES = 256 << 10
+
+_DRAIN = memoryview(bytearray(256 << 10))
+"""Where worthless bytes go; nobody reads it."""
+_NOTHING = memoryview(bytes(MAX_PAYLOAD))
+"""What the rest of a voided payload is made of."""
+
+
+class FrameReader:
+    """Turns bytes into frames.
+
+    Args:
+        begun: gets the header of a frame with a payload, returns where that goes, or None to drop it.
+        ended: gets a frame's header and whether its payload is good.
+    """
+
+    def __init__(self, begun: Callable[[Header], memoryview | None], ended: Callable[[Header, bool], None]) -> None:
+        self._begun = begun
+        self._ended = ended
+        self._stage = memoryview(bytearray(STAGE_BYTES))
+        self._start = 0
+        self._end = 0
+        self._header: Header | None = None
+        self._target: memoryview | None = None
+        self._got = 0
+        """Payload bytes of the present frame that have come"""
+
+    def buffers(self) -> list[memoryview]:
+        """Where to read to: the first is to be filled before the second. Never empty."""
+        if self._header is None or self._got == self._header.length:
+            return [self._stage[self._end :]]
+        left = self._header.length - self._got
+        if self._target is None:
+            return [_DRAIN[:left], self._stage] if left <= len(_DRAIN) else [_DRAIN]
+        return [self._target[self._got :], self._stage]
+
+    def received(self, n: int) -> None:
+        """Bytes were read into `buffers`, so many.
+
+        Raises:
+            WireError: they are not what a peer sends. The reader is of no further use.
+        """
+        if self._header is not None and self._got < self._header.length:
+            direct = min(n, self._header.length - self._got)
+            self._got += direct
+            n -= direct
+        self._end += n
+        self._parse()
+
+    def redirect(self) -> None:
+        """The rest of the present payload is dropped; its target is no longer touched."""
+        self._target = None
+
+    def _parse(self) -> None:
+        stage = self._stage
+        while True:
+            header = self._header
+            if header is None:
+                if self._end - self._start < HEADER_BYTES:
+                    break
+                header = unpack_header(stage[self._start : self._start + HEADER_BYTES])
+                self._start += HEADER_BYTES
+                if not header.length:
+                    self._ended(header, True)
+                    continue
+                self._header, self._got = header, 0
+                self._target = self._begun(header)
+            staged = min(self._end - self._start, header.length - self._got)
+            if staged:
+                if self._target is not None:
+                    self._target[self._got : self._got + staged] = stage[self._start : self._start + staged]
+                self._got += staged
+                self._start += staged
+            if self._got < header.length or self._end - self._start < SEAL_BYTES:
+                break
+            good = stage[self._start : self._start + SEAL_BYTES] == SEAL_GOOD
+            self._start += SEAL_BYTES
+            whole = self._target is not None
+            self._header = self._target = None
+            self._ended(header, good and whole)
+        if self._start == self._end:
+            self._start = self._end = 0
+        elif self._start and len(stage) - self._end < HEADER_BYTES + SEAL_BYTES:
+            rest = bytes(stage[self._start : self._end])
+            stage[: len(rest)] = rest
+            self._start, self._end = 0, len(rest)
+
+
+class _Out:
+    """A frame on its way out."""
+
+    __slots__ = ("frame", "parts", "sent", "total", "void")
+
+    def __init__(self, frame: OutFrame) -> None:
+        header, payload = frame.header, frame.payload
+        self.frame = frame
+        self.parts: list[memoryview | bytes] = [pack_header(header)]
+        if payload is not None and header.length:
+            self.parts += (payload, SEAL_GOOD)
+        self.total = HEADER_BYTES + (header.length + SEAL_BYTES if header.length else 0)
+        self.sent = 0
+        self.void = False
+
+    def rest(self) -> list[memoryview | bytes]:
+        """What has not been sent."""
+        skip, out = self.sent, []
+        for part in self.parts:
+            if skip >= len(part):
+                skip -= len(part)
+            else:
+                out.append(memoryview(part)[skip:] if skip else part)
+                skip = 0
+        return out
+
+
+class FrameWriter:
+    """Turns frames into bytes.
+
+    Args:
+        pull: gives the next frame, or None if there is none now.
+        sent: hears of every frame that has gone out whole and was not aborted.
+    """
+
+    def __init__(self, pull: Callable[[], OutFrame | None], sent: Callable[[OutFrame], None]) -> None:
+        self._pull = pull
+        self._sent = sent
+        self._queue: deque[_Out] = deque()
+
+    def buffers(self) -> list[memoryview | bytes]:
+        """The bytes to send next, in order; empty if there are none."""
+        size = 0
+        for out in self._queue:
+            size += out.total - out.sent
+        while len(self._queue) < BATCH_FRAMES and size < BATCH_BYTES:
+            frame = self._pull()
+            if frame is None:
+                break
+            out = _Out(frame)
+            self._queue.append(out)
+            size += out.total
+        if len(self._queue) == 1:
+            return self._queue[0].rest() if self._queue[0].sent else self._queue[0].parts
+        return [part for out in self._queue for part in out.rest()]
+
+    def advance(self, n: int) -> None:
+        """So many of these bytes have been sent."""
+        while n:
+            out = self._queue[0]
+            step = min(n, out.total - out.sent)
+            out.sent += step
+            n -= step
+            if out.sent < out.total:
+                break
+            self._queue.popleft()
+            if not out.void:
+                self._sent(out.frame)
+
+    def abort(self, token: object) -> None:
+        """Let go of the memory of frames with this token. One that has begun is completed from elsewhere and marked worthless."""
+        kept: deque[_Out] = deque()
+        for out in self._queue:
+            if out.frame.token is token and not out.void:
+                if not out.sent:
+                    continue
+                out.void = True
+                if out.frame.header.kind == Kind.DATA and len(out.parts) > 1:
+                    length = out.frame.header.length
+                    out.parts = [out.parts[0], _NOTHING[:length], SEAL_ABORTED]
+                    out.frame = out.frame._replace(payload=None)
+            kept.append(out)
+        self._queue = kept

@@ -1,0 +1,174 @@
+"""A link over a stream of bytes: frames in, frames out, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from pccl.core.codec import WireError
+from pccl.core.frames import Header
+from pccl.transports.base import Link, LinkHandler, OutFrame
+from pccl.transports.framing import FrameReader, FrameWriter
+from pccl.transports.wire import Wire
+
+READS_AT_ONCE = 8
+"""Reads of one link before others get their turn."""
+LINGER = 1.0
+"""Seconds that a closed link waits for the other side to read what is under way."""
+
+
+class WireLink(Link):
+    """A proved connection to the peer `uid`. It reads from the moment that `open` gives it a handler."""
+
+    def __init__(self, wire: Wire, uid: int, *, closed: Callable[[WireLink], None] | None = None) -> None:
+        self.uid = uid
+        self._wire = wire
+        self._closed = closed
+        self._loop = asyncio.get_running_loop()
+        self._handler: LinkHandler | None = None
+        self._reader = FrameReader(self._begun, self._ended)
+        self._writer = FrameWriter(self._pull, self._sent)
+        self._writing = False
+        self._blocked = False
+        self._ending = False
+        self._gone = asyncio.Event()
+        self._linger: asyncio.TimerHandle | None = None
+
+    def open(self, handler: LinkHandler) -> None:
+        """Begin to read and to send."""
+        self._handler = handler
+        self._wire.notify_readable(self._readable)
+
+    def wake(self) -> None:
+        """There may be frames to send."""
+        if not self._writing and not self._blocked and not self._ending:
+            self._write()
+
+    def abort(self, token: object) -> None:
+        """Let go of the memory of frames with this token."""
+        self._writer.abort(token)
+
+    def redirect(self) -> None:
+        """Let go of the memory that the frame now coming in was to go to."""
+        self._reader.redirect()
+
+    def silent_for(self) -> float:
+        """Seconds that sent data has waited for any acknowledgement."""
+        return self._wire.silent_for()
+
+    def close(self) -> None:
+        """Send what is under way, wait a moment for the other side's end, and go."""
+        self._handler = None
+        if not self._ending:
+            self._ending = True
+            self._wire.notify_writable(None)
+            self._wire.notify_readable(None)
+            try:
+                buffers = self._writer.buffers()
+                if buffers:
+                    self._wire.write(buffers)
+                self._wire.shutdown()
+            except OSError:
+                self._finish()
+                return
+            self._wire.notify_readable(self._drain)
+            self._linger = self._loop.call_later(LINGER, self._finish)
+
+    async def wait_closed(self) -> None:
+        """Until a closed link is gone; an open one is not waited for."""
+        if self._ending:
+            await self._gone.wait()
+
+    # --- reading ----------------------------------------------------------------------------------------------------
+
+    def _readable(self) -> None:
+        reader, wire = self._reader, self._wire
+        for _ in range(READS_AT_ONCE):
+            if self._ending:
+                return
+            buffers = reader.buffers()
+            try:
+                n = wire.read(buffers)
+                if n:
+                    reader.received(n)
+            except BlockingIOError:
+                return
+            except (OSError, WireError) as e:
+                self._lose(e)
+                return
+            if not n:
+                self._lose(ConnectionResetError("the peer closed the link"))
+                return
+            if n < sum(map(len, buffers)):
+                return
+
+    def _drain(self) -> None:
+        """Read to the end, for nothing."""
+        scratch = memoryview(bytearray(4096))
+        try:
+            while self._wire.read([scratch]):
+                pass
+        except BlockingIOError:
+            return
+        except OSError:
+            pass
+        self._finish()
+
+    def _begun(self, header: Header) -> memoryview | None:
+        return self._handler.frame_begun(self, header) if self._handler else None
+
+    def _ended(self, header: Header, good: bool) -> None:
+        if self._handler:
+            self._handler.frame_ended(self, header, good)
+
+    # --- writing ----------------------------------------------------------------------------------------------------
+
+    def _writable(self) -> None:
+        self._blocked = False
+        if not self._ending:
+            self._write()
+            if not self._blocked:
+                self._wire.notify_writable(None)
+
+    def _write(self) -> None:
+        self._writing = True
+        try:
+            while not self._ending:
+                buffers = self._writer.buffers()
+                if not buffers:
+                    break
+                self._writer.advance(self._wire.write(buffers))
+        except BlockingIOError:
+            self._blocked = True
+            self._wire.notify_writable(self._writable)
+        except OSError as e:
+            self._loop.call_soon(self._lose, e)
+        finally:
+            self._writing = False
+
+    def _pull(self) -> OutFrame | None:
+        return self._handler.next_frame(self) if self._handler else None
+
+    def _sent(self, frame: OutFrame) -> None:
+        if self._handler:
+            self._handler.frame_sent(self, frame)
+
+    # --- the end ----------------------------------------------------------------------------------------------------
+
+    def _lose(self, error: Exception) -> None:
+        if self._ending:
+            return
+        self._ending = True
+        handler, self._handler = self._handler, None
+        self._finish()
+        if handler:
+            handler.link_lost(self, error)
+
+    def _finish(self) -> None:
+        if self._linger:
+            self._linger.cancel()
+        self._wire.close()
+        self._gone.set()
+        closed, self._closed = self._closed, None
+        if closed:
+            closed(self)

@@ -1,0 +1,123 @@
+"""What transports over streams of bytes have in common: dialling, accepting, and proving before anything else."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+from pccl.transports.base import Admit, Link, LinkHandler, LinkTicket, Refusal, Transport
+from pccl.transports.link import WireLink
+from pccl.transports.wire import Wire, demand_proof, offer_proof
+
+T = TypeVar("T")
+
+logger = logging.getLogger("pccl.link")
+
+PROOF_TIMEOUT = 3.0
+"""Seconds in which a stranger has to prove itself."""
+STRANGERS_PER_HOST = 256
+"""Connections of one host that may be unproved at a time."""
+
+
+class StreamTransport(Transport):
+    """Makes links over wires. What kind of wires, says the subclass."""
+
+    def __init__(self) -> None:
+        self._links: set[WireLink] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._strangers: Counter[str] = Counter()
+        self._admit: Admit | None = None
+        self._accepted: Callable[[Link], LinkHandler] | None = None
+
+    @abstractmethod
+    async def _connect(self, endpoint: str) -> Wire:
+        """A wire to an endpoint; OSError or ValueError if there is none."""
+
+    @abstractmethod
+    async def _serve(self) -> tuple[str, ...]:
+        """Give every wire that comes in to `_welcome_soon`; returns the endpoints."""
+
+    @abstractmethod
+    def _stop_serving(self) -> None:
+        """No more wires come in."""
+
+    async def listen(self, admit: Admit, accepted: Callable[[Link], LinkHandler]) -> tuple[str, ...]:
+        """Accept links from now on."""
+        self._admit, self._accepted = admit, accepted
+        return await self._serve()
+
+    async def dial(self, endpoints: tuple[str, ...], ticket: LinkTicket, handler: LinkHandler, timeout: float) -> Link:
+        """Make a link at the first endpoint that answers."""
+        errors = []
+        try:
+            async with asyncio.timeout(timeout):
+                for endpoint in endpoints:
+                    try:
+                        wire = await self._connect(endpoint)
+                        await self._proved(wire, offer_proof(wire, ticket))
+                    except (Refusal, OSError, ValueError) as e:
+                        errors.append(f"{endpoint}: {e}")
+                        continue
+                    link = self._link(wire, ticket.acceptor)
+                    link.open(handler)
+                    return link
+        except TimeoutError:
+            errors.append(f"no answer within {timeout:g} s")
+        raise Refusal("; ".join(errors) or "no endpoint is known")
+
+    async def close(self) -> None:
+        """Stop accepting; closed links get their moment."""
+        self._stop_serving()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for link in list(self._links):
+            await link.wait_closed()
+
+    def _welcome_soon(self, wire: Wire, host: str) -> None:
+        """A stranger has connected: have it prove itself."""
+        if self._strangers[host] >= STRANGERS_PER_HOST:
+            logger.warning("%s has %d unproved connections already: one more is refused", host, STRANGERS_PER_HOST)
+            wire.close()
+            return
+        self._strangers[host] += 1
+        task = asyncio.get_running_loop().create_task(self._welcome(wire, host))
+        self._tasks.add(task)
+        task.add_done_callback(lambda task: self._welcomed(task, wire, host))
+
+    async def _welcome(self, wire: Wire, host: str) -> None:
+        assert self._admit is not None
+        assert self._accepted is not None
+        try:
+            async with asyncio.timeout(PROOF_TIMEOUT):
+                ticket = await self._proved(wire, demand_proof(wire, self._admit))
+        except (Refusal, TimeoutError) as e:
+            logger.info("a connection from %s was closed: %s", host, e if str(e) else f"it proved nothing within {PROOF_TIMEOUT:g} s")
+            return
+        link = self._link(wire, ticket.dialer)
+        link.open(self._accepted(link))
+
+    def _welcomed(self, task: asyncio.Task[None], wire: Wire, host: str) -> None:
+        self._tasks.discard(task)
+        self._strangers[host] -= 1
+        if not self._strangers[host]:
+            del self._strangers[host]
+        if task.cancelled():
+            wire.close()  # perhaps it had not even begun
+
+    async def _proved(self, wire: Wire, proof: Coroutine[Any, Any, T]) -> T:
+        """The wire is closed unless the proof succeeds."""
+        try:
+            return await proof
+        except BaseException:
+            wire.close()
+            raise
+
+    def _link(self, wire: Wire, uid: int) -> WireLink:
+        link = WireLink(wire, uid, closed=self._links.discard)
+        self._links.add(link)
+        return link

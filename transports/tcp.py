@@ -1,0 +1,198 @@
+"""Links over TCP."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import ipaddress
+import logging
+import socket
+import struct
+import sys
+from collections.abc import Callable, Sequence
+
+from pccl.core.address import is_loopback, join
+from pccl.core.errors import ConnectError
+from pccl.transports import fork
+from pccl.transports.streams import StreamTransport
+from pccl.transports.wire import Wire
+
+logger = logging.getLogger("pccl.link")
+
+ACCEPTS_AT_ONCE = 64
+IOV_MAX = 1024
+
+_UNACKED = struct.Struct("=I")
+_UNACKED_AT, _LAST_ACK_AT = 24, 56
+"""Offsets in Linux's tcp_info of tcpi_unacked (segments) and tcpi_last_ack_recv (ms)."""
+
+
+class TcpWire(Wire):
+    """A connected TCP socket."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        fork.guard(sock.fileno())
+        self._sock: socket.socket | None = sock
+        self._fd = sock.fileno()
+        self._loop = asyncio.get_running_loop()
+        self._unacked_since: float | None = None
+
+    def notify_readable(self, callback: Callable[[], None] | None) -> None:
+        """Have the loop watch for bytes."""
+        if callback:
+            self._loop.add_reader(self._fd, callback)
+        else:
+            self._loop.remove_reader(self._fd)
+
+    def notify_writable(self, callback: Callable[[], None] | None) -> None:
+        """Have the loop watch for room."""
+        if callback:
+            self._loop.add_writer(self._fd, callback)
+        else:
+            self._loop.remove_writer(self._fd)
+
+    def read(self, buffers: Sequence[memoryview]) -> int:
+        """Read what is there."""
+        if len(buffers) == 1:
+            return self._socket.recv_into(buffers[0])
+        return self._socket.recvmsg_into(buffers)[0]
+
+    def write(self, buffers: Sequence[memoryview | bytes]) -> int:
+        """Hand the kernel what it takes."""
+        if len(buffers) == 1:
+            return self._socket.send(buffers[0])
+        return self._socket.sendmsg(buffers[:IOV_MAX])
+
+    def shutdown(self) -> None:
+        """End this direction."""
+        self._socket.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        """End both."""
+        if self._sock is not None:
+            self._loop.remove_reader(self._fd)
+            self._loop.remove_writer(self._fd)
+            fork.unguard(self._fd)
+            self._sock.close()
+            self._sock = None
+
+    def silent_for(self) -> float:
+        """How long TCP has waited for an acknowledgement, from the kernel's own account; always 0 where there is none (not Linux).
+
+        A closed window is acknowledged, too, so a peer that does not read is not silent.
+        """
+        if self._sock is None or not sys.platform.startswith("linux"):
+            return 0.0
+        info = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+        unacked, last_ack = _UNACKED.unpack_from(info, _UNACKED_AT)[0], _UNACKED.unpack_from(info, _LAST_ACK_AT)[0] / 1000
+        now = self._loop.time()
+        if not unacked:
+            self._unacked_since = None
+            return 0.0
+        if self._unacked_since is None:
+            self._unacked_since = now
+        return min(float(last_ack), now - self._unacked_since)  # the last acknowledgement may be older than the data
+
+    @property
+    def _socket(self) -> socket.socket:
+        if self._sock is None:
+            raise ConnectionAbortedError("the link is closed")
+        return self._sock
+
+
+class TcpTransport(StreamTransport):
+    """Dials and accepts TCP links.
+
+    Args:
+        host: where to listen: an address or name; "" for every interface.
+        port: 0 for any.
+        advertise: ``host`` or ``host:port`` that others are to dial, where that differs (a NAT, a container).
+    """
+
+    def __init__(self, host: str = "127.0.0.1", port: int = 0, *, advertise: tuple[str, int | None] | None = None) -> None:
+        super().__init__()
+        self._host = host
+        self._port = port
+        self._advertise = advertise
+        self._listeners: list[socket.socket] = []
+        self._warned = False
+
+    async def _serve(self) -> tuple[str, ...]:
+        loop = asyncio.get_running_loop()
+        addresses = ["0.0.0.0"] if self._host == "" else await resolve(self._host, self._port)
+        port = self._port
+        for address in addresses[:1]:
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            sock = socket.socket(family, socket.SOCK_STREAM)
+            try:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                sock.setblocking(False)
+                sock.bind((address, port))
+                sock.listen(512)
+            except OSError as e:
+                sock.close()
+                raise ConnectError(f"cannot listen for links on {join(address, port)}: {e.strerror}; give another listen address") from e
+            port = sock.getsockname()[1]
+            fork.guard(sock.fileno())
+            self._listeners.append(sock)
+            loop.add_reader(sock.fileno(), self._accept, sock)
+        if self._advertise:
+            return (join(self._advertise[0], self._advertise[1] or port),)
+        return (join(addresses[0], port),)
+
+    def _stop_serving(self) -> None:
+        loop = asyncio.get_running_loop()
+        for sock in self._listeners:
+            loop.remove_reader(sock.fileno())
+            fork.unguard(sock.fileno())
+            sock.close()
+        self._listeners.clear()
+
+    async def _connect(self, endpoint: str) -> Wire:
+        host, _, port = endpoint.rpartition(":")
+        address = (await resolve(host.strip("[]"), int(port)))[0]
+        sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+        sock.setblocking(False)
+        try:
+            await asyncio.get_running_loop().sock_connect(sock, (address, int(port)))
+        except BaseException:
+            sock.close()
+            raise
+        self._warn(address)
+        return TcpWire(sock)
+
+    def _accept(self, listener: socket.socket) -> None:
+        for _ in range(ACCEPTS_AT_ONCE):
+            try:
+                sock, peer = listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as e:
+                if e.errno in (errno.EMFILE, errno.ENFILE):
+                    logger.error("cannot accept a link: %s; raise the limit of open files (ulimit -n)", e.strerror)
+                return
+            self._warn(peer[0])
+            self._welcome_soon(TcpWire(sock), peer[0])
+
+    def _warn(self, host: str) -> None:
+        """Say once that payloads are readable on the way."""
+        if not self._warned and not is_loopback(host):
+            self._warned = True
+            logger.warning("payloads to and from %s are not encrypted: use a private network or a VPN", host)
+
+
+async def resolve(host: str, port: int) -> list[str]:
+    """The addresses of a name, or the address itself without asking anybody.
+
+    Raises:
+        OSError: there is no such name.
+    """
+    try:
+        return [str(ipaddress.ip_address(host))]
+    except ValueError:
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        return list(dict.fromkeys(str(info[4][0]) for info in found))
