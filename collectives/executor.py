@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pccl.collectives.flow import CallKey, Flow
+from pccl.collectives.flow import CallKey, Flow, Moving
 from pccl.collectives.transfer import Transfer
 from pccl.core.frames import Header, Kind
 from pccl.core.types import Epoch
@@ -46,7 +46,7 @@ class Executor:
         """Payload bytes sent and received so far"""
         self.flows: dict[int, Flow] = {}
         self._host = host
-        self._transfers: dict[CallKey, Transfer] = {}
+        self._transfers: dict[CallKey, Moving] = {}
         self._epochs: set[Epoch] = set()
         """The present ones of all communicators"""
         self._newest: tuple[int, int] = (0, -1)
@@ -71,7 +71,7 @@ class Executor:
         if flow:
             flow.detach()
 
-    def start(self, transfer: Transfer) -> None:
+    def start(self, transfer: Moving) -> None:
         """Run a transfer."""
         self._transfers[transfer.key] = transfer
         transfer.start()
@@ -79,7 +79,7 @@ class Executor:
             self._host.flush_lazy_soon()
         self.flush()
 
-    def halt(self, transfer: Transfer) -> None:
+    def halt(self, transfer: Moving) -> None:
         """Stop a transfer; it holds no memory when this returns."""
         if self._transfers.pop(transfer.key, None):
             transfer.halt()
@@ -111,6 +111,13 @@ class Executor:
                 self.flows[uid].say(Header(Kind.MARK, old))
         self.flush()
 
+    def leave_epoch(self, epoch: Epoch) -> None:
+        """This peer is no longer in a communicator: what still comes of it is dropped."""
+        self._epochs.discard(epoch)
+        self._dead.pop(epoch, None)
+        for flow in self.flows.values():
+            flow.forget(epoch)
+
     def flush(self) -> None:
         """Send what the last events made ready."""
         if self._flushing:
@@ -136,7 +143,7 @@ class Executor:
 
     # --- flows ------------------------------------------------------------------------------------------------------
 
-    def transfer(self, key: CallKey) -> Transfer | None:
+    def transfer(self, key: CallKey) -> Moving | None:
         """The running transfer of this name."""
         return self._transfers.get(key)
 

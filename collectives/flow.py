@@ -9,15 +9,12 @@ stops reading, and what it keeps is bounded.
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from pccl.core.codec import WireError
 from pccl.core.frames import HEADER_BYTES, SEAL_BYTES, Header, Kind
 from pccl.core.types import Epoch
 from pccl.transports.base import Link, OutFrame
-
-if TYPE_CHECKING:
-    from pccl.collectives.transfer import InStream, OutStream, Transfer
 
 UNCREDITED_PER_CALL = 16 << 10
 """Payload bytes of a call that may be sent to a peer that has not granted a place for them."""
@@ -34,11 +31,69 @@ class CallKey(NamedTuple):
     sub: int
 
 
+class Incoming(Protocol):
+    """What comes of one stream, in order."""
+
+    def place(self) -> memoryview:
+        """Where the next slice goes."""
+
+    def arrived(self) -> None:
+        """It is there."""
+
+    def voided(self) -> None:
+        """It was given up by its sender."""
+
+
+class Outgoing(Protocol):
+    """What goes out of one stream, in order."""
+
+    @property
+    def transfer(self) -> Moving:
+        """What it belongs to."""
+
+    queued: bool
+    """Whether the flow has it in its queue; the flow's own note"""
+    position: int
+    """Bytes that were pulled"""
+    limit: int
+    """Bytes that have a place at the peer"""
+
+    def is_ready(self) -> bool:
+        """Whether there is a next slice that may be sent, credit apart."""
+
+    def head_bytes(self) -> int:
+        """Its length."""
+
+    def pull(self) -> OutFrame:
+        """It, as a frame whose token is `transfer` and whose note are arguments for `Moving.sent`."""
+
+
+class Moving(Protocol):
+    """Something that moves the data of one call: a transfer, or the exchange of a shared state."""
+
+    key: CallKey
+
+    def start(self) -> None:
+        """Begin."""
+
+    def halt(self) -> None:
+        """Stop, and hold no memory."""
+
+    def in_stream(self, flow: Flow, header: Header) -> Incoming | None:
+        """The stream that a frame belongs to; None if it does not belong here."""
+
+    def credited(self, flow: Flow, header: Header) -> None:
+        """The peer has a place for more of a stream."""
+
+    def sent(self, block: int, s: int) -> None:
+        """A slice with this note is out."""
+
+
 class FlowHost(Protocol):
     """The executor."""
 
-    def transfer(self, key: CallKey) -> Transfer | None:
-        """The running transfer of this name."""
+    def transfer(self, key: CallKey) -> Moving | None:
+        """What runs under this name."""
 
     def is_over(self, key: CallKey) -> bool:
         """Whether frames of this call are worthless: its epoch or the call itself is over here."""
@@ -63,8 +118,8 @@ class Flow:
         self.uid = uid
         self.link: Link | None = None
         self._host = host
-        self._ready: deque[OutStream] = deque()
-        self._capped: list[OutStream] = []
+        self._ready: deque[Outgoing] = deque()
+        self._capped: list[Outgoing] = []
         """Streams that wait for shares to come back"""
         self._control: deque[Header] = deque()
         self._lazy: dict[CallKey, list[Header]] = {}
@@ -75,11 +130,11 @@ class Flow:
         self._early_bytes = 0
         self._credits: dict[CallKey, list[Header]] = {}
         """Grants for calls that this peer has not entered yet"""
-        self._incoming: tuple[Transfer, InStream] | bytearray | None = None
+        self._incoming: tuple[Moving, Incoming] | bytearray | None = None
 
     # --- for transfers ----------------------------------------------------------------------------------------------
 
-    def offer(self, stream: OutStream) -> None:
+    def offer(self, stream: Outgoing) -> None:
         """A stream has a slice to send."""
         if not stream.queued:
             stream.queued = True
@@ -114,7 +169,7 @@ class Flow:
             for key in [k for k in table if k.epoch == epoch and call in (None, k.call)]:
                 del table[key]
 
-    def halt(self, transfer: Transfer) -> None:
+    def halt(self, transfer: Moving) -> None:
         """Let go of a transfer's memory."""
         if self.link:
             self.link.abort(transfer)
@@ -184,7 +239,7 @@ class Flow:
             return frame
         return None
 
-    def _may_send(self, stream: OutStream) -> bool:
+    def _may_send(self, stream: Outgoing) -> bool:
         length = stream.head_bytes()
         if stream.position + length <= stream.limit:
             return True
@@ -230,7 +285,7 @@ class Flow:
         self._incoming = bytearray(header.length)
         return memoryview(self._incoming)
 
-    def _receive(self, transfer: Transfer, header: Header) -> memoryview | None:
+    def _receive(self, transfer: Moving, header: Header) -> memoryview | None:
         self._return_share(transfer.key)
         stream = transfer.in_stream(self, header)
         if stream is None:
@@ -278,7 +333,7 @@ class Flow:
             for share in [k for k in self._shares if k.epoch == header.epoch]:
                 self._return_share(share)
 
-    def redeliver(self, transfer: Transfer, header: Header, data: bytearray) -> None:
+    def redeliver(self, transfer: Moving, header: Header, data: bytearray) -> None:
         """Treat a frame that came early as if it came now."""
         place = self._receive(transfer, header)
         incoming, self._incoming = self._incoming, None

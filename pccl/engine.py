@@ -1,20 +1,22 @@
 """The engine of one peer: its control connection, its links, its protocol and its transfers, on one event loop.
 
-It is the shell around `pccl.protocol.peer` and `pccl.collectives.executor`: it turns what they ask for into connections and timers, and what
-happens there into their events. Both faces of the library, and the simulator, use it as it is. All methods are called on its loop.
+It is the shell around `pccl.protocol.peer` and `pccl.collectives.executor`: it turns what they ask for into connections and timers,
+and what happens there into their events. Both faces of the library, and the simulator, use it as it is. All methods are called on its loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pccl.collectives.executor import Executor
+from pccl.collectives.flow import Moving
+from pccl.collectives.reduction import Kernels
 from pccl.collectives.transfer import Transfer
 from pccl.core import codec
 from pccl.core.codec import WireError
@@ -50,9 +52,11 @@ class Engine:
     ) -> None:
         self.options = options
         self.executor = Executor(self)
+        self.kernels = Kernels()
         self.error: PcclError | None = None
         """Why this peer is no member any more, once it is not"""
         self._left = False
+        self._leaving_subs: set[int] = set()
         self._client = client
         self._transport = transport
         self._group = group
@@ -71,7 +75,7 @@ class Engine:
         self._tasks: set[asyncio.Task[None]] = set()
         self._ticket: Prepare | None = None
         self._ticket_came = asyncio.Event()
-        self._running: dict[Transfer, Operation] = {}
+        self._running: dict[Moving, Operation] = {}
         self._spare: npt.NDArray[np.uint8] | None = None
         self._spare_release: asyncio.TimerHandle | None = None
 
@@ -104,7 +108,7 @@ class Engine:
         if self._peer and self._peer.standpoint is Standpoint.PENDING:
             return ConnectError(
                 f"the master at {self._address} knows this peer, but the members of group {self._group!r} did not let it in {within}: "
-                f"they do so when all of them call update(), and an empty group begins with min_world_size={self.options.min_world_size} peers"
+                f"they do so when all of them call update(); an empty group begins with {self.options.min_world_size} (min_world_size)"
             )
         return MasterUnreachable(
             f"no pccl master answered at {self._address} {within}: is it running, is the address right, does a firewall stand between?"
@@ -183,8 +187,25 @@ class Engine:
         self._check_complete(op)
 
     def moved(self, op: Operation) -> None:
-        """Something that is no transfer (a round's later call, a phase of sync_state) has brought the operation further."""
+        """Something that is no transfer has brought the operation further."""
         self._check_complete(op)
+
+    def given(self, op: Operation) -> None:
+        """What this member gives to the call is there now."""
+        if not op.settled and self.error is None and self._peer and op.comm in self._peer.comms:
+            self._peer.comms[op.comm].give(op.record)
+
+    def conflict(self, op: Operation, detail: str) -> None:
+        """This member's state cannot become what the others have: it has to go."""
+        self._end(op, Reason.CONFLICT, detail)
+
+    def mismatched(self, op: Operation, uid: int) -> None:
+        """A peer's frames are not of the same call."""
+        self._end(op, Reason.MISMATCH, f"peer {uid} sent frames of another call")
+
+    def in_thread(self, work: Callable[[], None]) -> asyncio.Future[None]:
+        """Run something that takes long besides the loop."""
+        return self._loop.run_in_executor(None, work)
 
     def _end(self, op: Operation, reason: int, detail: str) -> None:
         if not op.settled and self.error is None and self._peer and op.comm in self._peer.comms:
@@ -197,6 +218,10 @@ class Engine:
             membership = self._peer.comms[op.comm]
             membership.complete(op.record, self._loop.time())
             self._arm(membership)
+
+    def now(self) -> float:
+        """The engine's clock."""
+        return self._loop.time()
 
     def spare(self, nbytes: int) -> npt.NDArray[np.uint8]:
         """Memory for undoing or staging a call; hand it back with `give_spare`."""
@@ -241,7 +266,7 @@ class Engine:
             logger.warning("a message of the master at %s makes no sense: %s", self._address, e)
         for membership in list(self._peer.comms.values()):
             self._arm(membership)
-        if self._leaving:
+        if self._leaving or self._leaving_subs:
             self._try_leave()
 
     # --- protocol (PeerHost) ----------------------------------------------------------------------------------------
@@ -326,8 +351,8 @@ class Engine:
             return
         self._check_complete(op)
 
-    def run(self, op: Operation, transfer: Transfer) -> None:
-        """Run a transfer of a call."""
+    def run(self, op: Operation, transfer: Moving) -> None:
+        """Run what moves a call's data."""
         self._running[transfer] = op
         self.executor.start(transfer)
 
@@ -425,13 +450,24 @@ class Engine:
                 op.restore()
                 op.settle(self.error)
 
+    def leave_sub(self, comm: int) -> None:
+        """Leave a sub-communicator, once no call on it is in flight."""
+        if self._peer and comm in self._peer.comms:
+            self._leaving_subs.add(comm)
+            self._try_leave()
+
     def _try_leave(self) -> None:
-        """Leave once no call is in flight."""
+        """Leave what is to be left, once no call is in flight there."""
         assert self._peer
-        root = self._peer.comms.get(ROOT)
-        if root and not self._left and not any(c.in_flight for c in self._peer.comms.values()):
+        comms = self._peer.comms
+        for comm in [n for n in self._leaving_subs if n in comms and not comms[n].in_flight]:
+            self._leaving_subs.discard(comm)
+            left = comms.pop(comm)
+            left.leave()
+            self.executor.leave_epoch(left.epoch)
+        if self._leaving and not self._left and not any(c.in_flight for c in comms.values()):
             self._left = True
-            root.leave()
+            comms[ROOT].leave()
 
     # --- executor ---------------------------------------------------------------------------------------------------
 
@@ -446,7 +482,7 @@ class Engine:
         """A peer's frames are not of the same call."""
         op = self._running.get(transfer)
         if op:
-            self._end(op, Reason.MISMATCH, f"peer {uid} sent frames of another call")
+            self.mismatched(op, uid)
 
     def flow_broken(self, uid: int, error: Exception) -> None:
         """The link to a peer is gone."""

@@ -73,7 +73,8 @@ class MasterShell:
                 group.receive(origin, message, self._loop.time())
                 self._flush(group)
         except WireError as e:
-            logger.warning("a message from %s makes no sense: %s", origin.host, e)
+            logger.warning("a message from %s makes no sense, its connection is closed: %s", origin.host, e)
+            self._server.cut(origin)
 
     def disconnected(self, origin: Origin) -> None:
         """A connection is no more."""
@@ -141,7 +142,7 @@ class Master:
             keypair=load_keypair(key) if key else None,
             allowed=allow,
             insecure=insecure,
-            advertise=advertise,
+            advertise=advertise or "",
             heartbeat_interval=self._options.heartbeat_interval,
             heartbeat_timeout=self._options.heartbeat_timeout,
         )

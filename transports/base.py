@@ -147,7 +147,15 @@ class ControlServer(ABC):
 
     @abstractmethod
     def send(self, origin: Origin, data: bytes) -> None:
-        """Queue a message; of a connection that is no more, dropped."""
+        """Queue a message; of a connection that is no more, dropped.
+
+        Raises:
+            InvalidArgument: the message is longer than MAX_MESSAGE.
+        """
+
+    @abstractmethod
+    def cut(self, origin: Origin) -> None:
+        """End a connection; `disconnected` follows."""
 
     @abstractmethod
     async def close(self) -> None:
@@ -179,7 +187,11 @@ class ControlClient(ABC):
 
     @abstractmethod
     def send(self, data: bytes) -> None:
-        """Queue a message for the current connection; between connections, dropped."""
+        """Queue a message for the current connection; between connections, dropped.
+
+        Raises:
+            InvalidArgument: the message is longer than MAX_MESSAGE.
+        """
 
     @abstractmethod
     async def close(self) -> None:

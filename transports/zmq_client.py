@@ -25,6 +25,7 @@ from pccl.transports.zmq_common import (
     Pump,
     Socket,
     check_size,
+    close_monitored,
     configure,
     is_literal,
     next_event,
@@ -237,9 +238,7 @@ class _Connection:
         self._end = End.UNREACHED
         self._since = 0.0
         self._monitor = open_monitor(socket, EVENTS)
-        self._fds = [one.FD for one in (socket, self._monitor)]
-        for fd in self._fds:
-            fork.guard(fd)
+        self._fd: int | None = None
         self._loop = asyncio.get_running_loop()
         self._events = Pump(self._monitor, self._read_event)
         self._messages = Pump(socket, self._read_message)
@@ -256,10 +255,9 @@ class _Connection:
         self.up = False
         for pump in (self._events, self._messages):
             pump.close()
-        for fd in self._fds:
-            fork.unguard(fd)
-        self._socket.close(linger=linger_ms)
-        self._monitor.close()
+        if self._fd is not None:
+            fork.unguard(self._fd)
+        close_monitored(self._socket, self._monitor, linger_ms)
 
     def _send_next(self) -> None:
         try:
@@ -272,9 +270,7 @@ class _Connection:
         events = int(self._socket.getsockopt(zmq.EVENTS))
         if events & zmq.POLLIN:
             data = self._socket.recv(zmq.NOBLOCK)
-            if not self.up:  # the event that it is was told before
-                self._read_event()
-            if self.up:
+            if self.up:  # else it is from no master: that speaks when it has been spoken to
                 self._on_message(data)
         elif events & zmq.POLLOUT and self._waiting:
             self._send_next()
@@ -288,7 +284,7 @@ class _Connection:
             return False
         event, value = found
         if event == zmq.EVENT_CONNECTED:
-            self._fds.append(value)
+            self._fd = value
             fork.guard(value, libzmq=True)
             self._end = End.FAILED
             self._since = self._loop.time()

@@ -18,7 +18,7 @@ from pccl.transports import fork
 Socket = zmq.Socket[bytes]
 Context = zmq.Context[Socket]
 
-BUDGET = 1000
+BUDGET = 100
 """Messages that are handled before the loop gets to its timers again."""
 HIGH_WATER = 16_384
 """Messages that may wait in a connection, each way."""
@@ -49,6 +49,7 @@ class Pump:
         self._woken = False
         self._fd = socket.FD
         self._loop.add_reader(self._fd, self._drain)
+        fork.guard(self._fd)
         fork.on_fork(self._forked)
         self.wake()
 
@@ -63,6 +64,7 @@ class Pump:
         if self._open:
             self._open = False
             self._loop.remove_reader(self._fd)
+            fork.unguard(self._fd)
 
     def _forked(self) -> None:
         # In a child neither the socket nor the loop, whose poller is the parent's, may be touched.
@@ -78,6 +80,7 @@ class Pump:
                 if not self._open or not self._read():
                     return
         except BaseException:
+            self.wake()
             raise
         self.wake()
 
@@ -113,6 +116,13 @@ def open_monitor(socket: Socket, events: Iterable[zmq.Event]) -> Socket:
     return monitor
 
 
+def close_monitored(socket: Socket, monitor: Socket, linger_ms: int = 0) -> None:
+    """Close a socket and its monitor."""
+    socket.monitor(None, 0)  # first of all: an event that found nobody to read it would stop libzmq's I/O thread for good
+    socket.close(linger=linger_ms)
+    monitor.close()
+
+
 def next_event(monitor: Socket) -> tuple[int, int] | None:
     """An event and its value (a descriptor, an errno or a code), if there is one."""
     try:
@@ -145,7 +155,10 @@ async def terminate(context: Context) -> None:
 
     def wait() -> None:
         context.term()
-        loop.call_soon_threadsafe(ended.set)
+        try:
+            loop.call_soon_threadsafe(ended.set)
+        except RuntimeError:  # the loop is closed: whoever waited has been cancelled
+            pass
 
     thread = threading.Thread(target=wait, name="pccl-zmq-end", daemon=True)
     thread.start()

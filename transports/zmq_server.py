@@ -30,6 +30,7 @@ from pccl.transports.zmq_common import (
     Pump,
     Socket,
     check_size,
+    close_monitored,
     configure,
     is_literal,
     next_event,
@@ -40,7 +41,7 @@ from pccl.transports.zmq_common import (
 log = logging.getLogger(__name__)
 
 WILDCARDS = ("*", "0.0.0.0", "::")
-GRACE = 0.1
+GRACE = 0.5
 """Seconds within which the last messages of an ended connection are read, however much others send."""
 REMEMBERED = 1024
 """Ended connections that are remembered, so that a message that comes too late is not taken for a new connection's."""
@@ -109,6 +110,7 @@ class ZmqServer(ControlServer):
         self._by_number: dict[int, _Peer] = {}
         self._by_route: dict[bytes, _Peer] = {}
         self._by_fd: dict[int, _Peer | None] = {}  # connections that live; None: has sent nothing yet
+        self._listeners: list[int] = []
         self._ending: deque[_Peer] = deque()
         self._ended: deque[bytes] = deque()
         self._open = False
@@ -129,8 +131,6 @@ class ZmqServer(ControlServer):
         self._gate = Gate(self._context, curve=self._keypair is not None, allowed=self._allowed)
         self._socket = self._make_socket(self._context)
         self._monitor = open_monitor(self._socket, EVENTS)
-        for one in (self._socket, self._monitor):
-            fork.guard(one.FD)
         self._events = Pump(self._monitor, self._read_event)
         self._messages = Pump(self._socket, self._read_message)
         try:
@@ -179,12 +179,9 @@ class ZmqServer(ControlServer):
         self._by_number.clear()
         for pump in (self._events, self._messages):
             pump.close()
-        for one in (self._socket, self._monitor):
-            fork.unguard(one.FD)
-        for fd in self._by_fd:
+        for fd in (*self._listeners, *self._by_fd):
             fork.unguard(fd)
-        self._socket.close(linger=LINGER_MS)
-        self._monitor.close()
+        close_monitored(self._socket, self._monitor, LINGER_MS)
         self._gate.close()
         await terminate(self._context)
 
@@ -262,10 +259,10 @@ class ZmqServer(ControlServer):
         self._by_number[peer.origin.number] = peer
         rival = self._by_fd.get(fd)
         if fd not in self._by_fd or (rival is not None and _is_older(route, rival.route)):
-            self._ending.append(peer)  # it ended before its first message was read
+            self._end(peer)  # it ended before its first message was read
         else:
             if rival is not None:
-                self._ending.append(rival)
+                self._end(rival)
             self._by_fd[fd] = peer
             if _chosen(frame):
                 self._cut(peer)
@@ -277,7 +274,8 @@ class ZmqServer(ControlServer):
         peer.cut = True
         try:
             copy = sockets.socket(fileno=os.dup(peer.fd))
-        except OSError:
+        except OSError:  # out of descriptors
+            self._end(peer)
             return
         with copy:
             while self._read_event():
@@ -299,14 +297,13 @@ class ZmqServer(ControlServer):
             fork.guard(value, libzmq=True)
             if event == zmq.EVENT_ACCEPTED:
                 self._by_fd[value] = None
+            else:
+                self._listeners.append(value)
         elif event == zmq.EVENT_DISCONNECTED:
             fork.unguard(value)
             peer = self._by_fd.pop(value, None)
             if peer is not None:
-                if not self._ending:
-                    self._loop.call_later(GRACE, self._report_ended)
-                self._ending.append(peer)
-                self._messages.wake()
+                self._end(peer)
         elif event == zmq.EVENT_ACCEPT_FAILED:
             log.error("cannot accept a connection: %s; see `ulimit -n`", os.strerror(value))
         elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
@@ -315,10 +312,18 @@ class ZmqServer(ControlServer):
             log.info("a connection ended before it had proved itself")
         return True
 
+    def _end(self, peer: _Peer) -> None:
+        if not self._ending:
+            self._loop.call_later(GRACE, self._report_ended)
+        self._ending.append(peer)
+        self._messages.wake()
+
     def _report_ended(self) -> None:
         """All that ended connections had sent is handled, or has waited long enough: say that they ended."""
         while self._ending and self._open:
             peer = self._ending.popleft()
+            if peer.ended:
+                continue
             peer.ended = True
             del self._by_number[peer.origin.number]
             self._ended.append(peer.route)

@@ -425,6 +425,7 @@ class Offer:
     """Of the names, dtypes and shapes alone."""
     strategy: str
     declare: bool
+    manifest_bytes: int
     synced: int
     """Number of the last sync that this member took part in, 0 if none."""
     known: int
@@ -437,6 +438,7 @@ class Truth:
 
     revision: int
     digest: bytes
+    manifest_bytes: int
     holders: tuple[int, ...]
     """Uids of the members that have it."""
     sync: int

@@ -95,7 +95,8 @@ def _rule(
         if any(_is(s, "RD") for s in states.values()):
             return Decision(call, "C", -1, False, b"", Reason.NONE, "")
         return None  # the others will skip it, too
-    if verdict == "C" or (verdict is None and all(_is(s, "D") for s in states.values())):
+    attempts = {s.number if s and s.state == "D" else -1 for s in states.values()}  # a result of an earlier attempt is none of this one
+    if verdict == "C" or (verdict is None and len(attempts) == 1 and -1 not in attempts):
         payload = resolve(call, {uid: s.payload for uid, s in states.items() if s})
         return Decision(call, "C", -1, False, payload, Reason.NONE, "")
     ended = verdict == "A" or any(_is(s, "A") for s in states.values())

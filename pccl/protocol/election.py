@@ -77,7 +77,7 @@ def elect(offers: Offers) -> Truth | Conflict | Offenders:
     if offenders:
         return offenders
     holders = tuple(u for u, (o, _) in offers.items() if o.digest == digest)
-    return Truth(revision, digest, holders, known + 1)
+    return Truth(revision, digest, truth.manifest_bytes, holders, known + 1)
 
 
 def _sides(offers: Offers, uids: object) -> str:

@@ -270,7 +270,8 @@ class Group:
             self._form()
             if self._resting and self.root and not self._resting.verdict:
                 self.all_rest(self.root, self._resting)
-        elif self.root is None:
+        elif self._number == 0:  # a member of a group that this master has never had: it stands in for another one
+            self._give_up_links(peer)
             self._by_conn[conn] = peer
             if self._takeover_ends is None:
                 self._takeover_ends = self._now + self._options.heartbeat_timeout

@@ -70,12 +70,16 @@ class Membership:
         self.fresh = fresh
         """An admission has just ended: the next call, if it is an update, returns at once and takes no place."""
         self.broken: tuple[Link, ...] = ()
+        self.departed: dict[int, bool] = {}
+        """Uids of former members -> whether they left of their own will"""
         self.next_index = next_index
         self.ack = ack
         """Number of the last verdict that this member has"""
         self.stopped = False
         self.synced = 0
         """Number of the communicator's last sync_state"""
+        self.took_part = 0
+        """Number of the last one that this member took part in"""
         self.next_uid = 0
         self._uses: dict[tuple[Tag, Pair | None], int] = {(t.tag, t.pair): t.uses for t in tags}
         self._records: dict[CallId, Record] = {}
@@ -94,6 +98,7 @@ class Membership:
         self._owed: list[Record] = []
         self._update: Record | None = None
         self._leaving: dict[int, int] = {}
+        self._left = False
         self._news = False
         self._floor = 0
         self._floor_uses: dict[tuple[Tag, Pair | None], int] = {}
@@ -142,6 +147,11 @@ class Membership:
         self.host.send(Done(self.comm, self.epoch, record.id, self._sign(op), op.description, payload, self.ack))
         record.announced = True
 
+    def give(self, record: Record) -> None:
+        """What the member gives to the call took time to make, and is there now."""
+        if record.state is State.RUNNING and not self.stopped:
+            self._announce(record, record.op.payload())
+
     def expire(self, record: Record, reason: int, detail: str, now: float) -> None:
         """The call's deadline has passed, its caller cancelled it, its round's body raised, or a frame does not match."""
         if record.expired or (record.state is State.DONE and reason == Reason.MISMATCH):
@@ -158,6 +168,7 @@ class Membership:
 
     def leave(self) -> None:
         """Leave in the place of the next update; no call is open."""
+        self._left = True
         self.host.send(Leave(self.comm, self.epoch, self.next_index))
 
     # --- what the master says ---------------------------------------------------------------------------------------
@@ -237,6 +248,7 @@ class Membership:
         old = self.view
         self.view = view_of(m, self.uid)
         old_members = {x.uid for x in old.members}
+        self.departed.update({**{x.uid: True for x in m.left}, **{x.uid: False for x in m.lost}})
         self.host.epoch_changed(self.comm, old, self.view)
         self.ack = max(self.ack, m.seq)
         self.broken, self.next_uid, self.synced = m.broken, m.next_uid, m.synced
@@ -250,6 +262,8 @@ class Membership:
         self.stopped = False
         for record in again:
             self._restart(record, now)
+        if self._left:
+            self.leave()  # the master that was told may be no more
         self._check_update(now)
         self._drain(now)
 

@@ -34,6 +34,8 @@ class Peer:
     def echo(self, argument: str) -> None:
         self.client.send(argument.encode())
 
+    def ignore(self, argument: str) -> None: ...
+
     def hold(self, argument: str) -> None:
         """Hold the interpreter for some seconds: as PyDLL, the call keeps the GIL."""
         self.client.send(b"holding")

@@ -8,6 +8,7 @@ import uvloop
 
 from pccl.core.codec import MAX_MESSAGE
 from pccl.core.errors import ConnectError, InvalidArgument
+from pccl.transports import fork
 from pccl.transports.base import Origin
 from tests.support.control import NETS, ClientLog, Net, ServerLog, ZmqNet, nothing_left
 
@@ -259,6 +260,7 @@ async def test_nothing_is_left_after_closing(kind: str) -> None:
     await use()  # what libraries keep for good, they keep after the first time
     with nothing_left():
         await use()
+    assert not fork._guarded
 
 
 UVLOOP = [

@@ -149,16 +149,19 @@ async def test_a_child_has_no_descriptor_of_libzmq_that_matters() -> None:
 
 async def test_a_port_is_free_though_a_child_of_its_server_lives() -> None:
     read, write = os.pipe()
+    ready, tell = os.pipe()
     async with serving(ServerLog()) as (_, address):
         child = os.fork()
         if child == 0:
             os.close(write)
+            os.write(tell, b"x")
             os.read(read, 1)
             os._exit(0)
+        await asyncio.to_thread(os.read, ready, 1)
     try:
         async with serving(ServerLog(), address) as (_, again):
             assert again == address
     finally:
-        os.close(read)
-        os.close(write)
+        for fd in (read, write, ready, tell):
+            os.close(fd)
         await asyncio.to_thread(os.waitpid, child, 0)

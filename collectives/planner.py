@@ -1,0 +1,123 @@
+"""Which algorithm a call uses, cut into slices of what size.
+
+A pure function of what all members know alike (collective, size, world, plan), so that they need not talk about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from pccl.collectives.schedules import algorithms, build, find, natural_cuts
+from pccl.collectives.schedules.meaning import ROOTED
+from pccl.core.errors import InvalidArgument
+from pccl.core.step import Schedule
+from pccl.topology import trees
+
+WINDOW = 16 << 20
+"""Bytes of slices that may lie in scratch or wait for their turn, per call."""
+ONE_SHOT = 64 << 10
+"""All-reduces up to this size go to everyone at once: one hop instead of two or more."""
+SLICE = 256 << 10
+"""Slices of large calls: small enough to stay in cache between the network and the arithmetic, large enough to cost little each."""
+
+_SMALL = {
+    "all_reduce": "direct",
+    "reduce_scatter": "direct",
+    "all_gather": "direct",
+    "broadcast": "direct",
+    "reduce": "star",
+    "gather": "direct",
+    "scatter": "direct",
+    "all_to_all": "direct",
+    "sendrecv": "direct",
+}
+_LARGE = {**_SMALL, "all_reduce": "ring", "broadcast": "tree", "reduce": "tree"}
+"""What suits: the fewest hops for small calls, an even load for large ones."""
+MANY = 16
+"""From this world size on, small rooted calls and all-reduces go by trees: a root that serves all others takes as long as they are many."""
+
+
+class Plan(NamedTuple):
+    """How a call runs."""
+
+    schedule: Schedule
+    slice_size: int
+    """Elements"""
+
+
+@lru_cache(maxsize=1024)
+def plan(
+    collective: str,
+    algorithm: str,
+    world: int,
+    count: int,
+    itemsize: int,
+    *,
+    root: int = -1,
+    broken: tuple[tuple[int, int], ...] = (),
+) -> Plan:
+    """The plan for a call.
+
+    Args:
+        algorithm: "auto", or a name of `algorithms(collective, world)`.
+        count: elements per segment (see `pccl.core.step`).
+        broken: pairs of ranks without a link between them; then every algorithm but a spanning tree's is out of the question.
+
+    Raises:
+        InvalidArgument: no such algorithm.
+    """
+    if algorithm != "auto":
+        found = find(collective, algorithm)
+        if not found.fits(world):
+            known = ", ".join(("auto", *algorithms(collective, world)))
+            raise InvalidArgument(f"algorithm: {algorithm!r} does not work with {world} peers; there are {known}")
+    nbytes = count * itemsize
+    if (broken or algorithm == "spanning_tree") and collective != "sendrecv":
+        parents = tuple(int(p) for p in trees.spanning_tree(_links(world, broken), root=root))
+        return Plan(build(collective, "spanning_tree", world, root=root, parents=parents), _slice(nbytes, itemsize))
+    if algorithm == "auto":
+        algorithm = _choose(collective, nbytes, world)
+    cuts = 0
+    if collective == "all_reduce" and algorithm == "direct" and nbytes <= ONE_SHOT:
+        cuts = 1
+    slice_bytes = _slice(nbytes, itemsize) * itemsize
+    if find(collective, algorithm).cyclic:
+        # scratch goes round in a circle: a part must stay below half of a stream's window
+        natural = natural_cuts(collective, algorithm, world)
+        cuts = natural * max(1, -(-nbytes // natural // (WINDOW // 4)))
+    needs_root = collective in ROOTED or algorithm == "star"
+    return Plan(build(collective, algorithm, world, root=max(root, 0) if needs_root else -1, cuts=cuts), slice_bytes // itemsize)
+
+
+def check_algorithm(collective: str, algorithm: str) -> None:
+    """Raise InvalidArgument unless the name is known."""
+    if algorithm != "auto":
+        known = ("auto", *algorithms(collective))
+        if algorithm not in known:
+            raise InvalidArgument(f"algorithm: {algorithm!r} is not known for {collective}; there are {', '.join(known)}")
+
+
+def _choose(collective: str, nbytes: int, world: int) -> str:
+    if collective == "all_reduce":
+        if nbytes <= ONE_SHOT:
+            return "direct" if world < MANY else "tree"
+        return "ring" if nbytes >= (1 << 20) or world < MANY else "halving_doubling"
+    if nbytes <= ONE_SHOT and world >= MANY and collective in ("broadcast", "reduce", "gather", "scatter"):
+        return "tree"
+    return (_SMALL if nbytes <= ONE_SHOT else _LARGE)[collective]
+
+
+def _slice(nbytes: int, itemsize: int) -> int:
+    """Elements per slice."""
+    return max(1, SLICE // itemsize)
+
+
+def _links(world: int, broken: Collection[tuple[int, int]]) -> np.ndarray[tuple[int, int], np.dtype[np.bool_]]:
+    links = ~np.eye(world, dtype=np.bool_)
+    for a, b in broken:
+        links[a, b] = links[b, a] = False
+    return links

@@ -1,0 +1,405 @@
+"""Collectives as operations: a caller's tensors, an algorithm, and attempts to bring them together.
+
+A `Part` is one collective with its buffers; a plain call has one, a round has several that commit together.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pccl.collectives.flow import CallKey
+from pccl.collectives.planner import WINDOW, plan
+from pccl.collectives.program import layout, program
+from pccl.collectives.reduction import Kernels
+from pccl.collectives.schedules.meaning import has_input, has_output, segments
+from pccl.collectives.tensors import Memory, allocate_like, memory_of
+from pccl.collectives.transfer import Transfer, Undo
+from pccl.core.dtypes import ReduceOp, dtype_named
+from pccl.core.errors import InvalidArgument
+from pccl.core.types import Info, Pair, RoundInfo, Tag, View
+from pccl.operations import Operation, signature
+from pccl.protocol.record import Outcome, Record
+
+if TYPE_CHECKING:
+    from pccl.engine import Engine
+
+Array = npt.NDArray[Any]
+
+
+class Reduction:
+    """The arithmetic of one attempt."""
+
+    def __init__(self, kernels: Kernels, op: ReduceOp, world: int) -> None:
+        self._kernels = kernels
+        self._op = op
+        self._world = world
+
+    def combine(self, out: Array, a: Array, b: Array) -> None:
+        """out = a op b"""
+        self._kernels.combine(self._op, out, a, b)
+
+    def fold(self, out: Array, parts: list[Array], final: bool) -> None:
+        """out = parts[0] op parts[1] op ..."""
+        self._kernels.fold(self._op, out, parts, divide_by=self._world if final and self._op.name == "avg" else 1)
+
+    def finish(self, x: Array) -> None:
+        """avg divides."""
+        self._kernels.finish(self._op, x, self._world)
+
+
+class Part:
+    """One collective and its buffers.
+
+    Args:
+        x: what this member gives; None where it gives nothing.
+        out: what it gets; None where it gets nothing, or where it is to be made (``like``).
+        root: uid of the root, -1 if there is none.
+        given: what the caller knows the output by, for `Info.out`.
+        like: the caller's tensor that a new result is to be like.
+        accumulate: half floats travel and are summed in float32.
+    """
+
+    def __init__(
+        self,
+        collective: str,
+        description: str,
+        *,
+        x: Memory | None,
+        out: Memory | None,
+        op: ReduceOp | None = None,
+        root: int = -1,
+        given: Any = None,
+        like: Any = None,
+        algorithm: str = "auto",
+        accumulate: bool = False,
+        in_place: bool = False,
+        inside: bool = False,
+        pair: Pair | None = None,
+    ) -> None:
+        self.collective = collective
+        self.description = description
+        self.signature = signature(f"{description} root {root} by {algorithm}{' in float32' if accumulate else ''}")
+        self.done = False
+        self.info: Info | None = None
+        some = x if x is not None else out
+        assert some is not None
+        self.dtype = some.dtype
+        self._x = x
+        self._out = out
+        self._op = op or ReduceOp("sum")
+        self._root = root
+        self._given = given
+        self._like = like
+        self._algorithm = algorithm
+        self._work = dtype_named("float32") if accumulate and self.dtype.half else self.dtype
+        self._in_place = in_place
+        self._inside = inside
+        """The smaller of input and output lies within the other one."""
+        self.pair = pair
+        self._out_now: Memory | None = None
+        self._made: Any = None
+        """A result that was allocated"""
+        self._source: Array | None = None
+        self._target: Array | None = None
+        self._staged_out = False
+        self._undo: Undo | None = None
+        self._spares: list[npt.NDArray[np.uint8]] = []
+        self._transfer: Transfer | None = None
+        self._used = ""
+
+    # --- attempts ---------------------------------------------------------------------------------------------------
+
+    def misfit(self, view: View) -> str:
+        """Why the buffers have no meaning in this membership; empty if they do."""
+        world, uids = view.world_size, [m.uid for m in view.members]
+        if self.pair and not set(self.pair) <= set(uids):
+            return "the other side of it is no longer a member"
+        if self.pair:
+            return ""
+        if self._root >= 0 and self._root not in uids:
+            return "its root is no longer a member"
+        many = segments(self.collective, 2)
+        x, out = self._x, self._out
+        if many.source > 1 and x and x.count % world:
+            return f"its input of {x.count} elements cannot be shared out among {world} members"
+        if many.source > 1 and x and out and x.count != out.count * world:
+            return f"its input of {x.count} elements is not {world} times its output of {out.count}"
+        if many.target > 1 and x and out and out.count < x.count * world:
+            return f"its output of {out.count} elements has no room for {world} times {x.count}"
+        return ""
+
+    def begin(self, engine: Engine, view: View, key: CallKey, broken: tuple[tuple[int, int], ...], *, atomic: bool) -> Transfer:
+        """A transfer for an attempt in this membership.
+
+        Raises:
+            InvalidArgument: the call does not fit it.
+        """
+        misfit = self.misfit(view)
+        if misfit:
+            raise InvalidArgument(f"{self.description}: {misfit}")
+        uids = list(self.pair) if self.pair else [m.uid for m in view.members]
+        mine = engine.membership(0).uid
+        rank, world = uids.index(mine), len(uids)
+        root = uids.index(self._root) if self._root >= 0 else -1
+        self._stage(engine, rank, world, root, atomic)
+        count = self._count(world)
+        if self.pair and (0, 1) in broken:
+            raise InvalidArgument(f"{self.description}: there is no link between the two members, and point-to-point calls are not relayed")
+        planned = plan(self.collective, self._algorithm, world, count, self._work.itemsize, root=root, broken=broken)
+        prog = program(planned.schedule, rank)
+        self._used = planned.schedule.algorithm
+        self._transfer = Transfer(
+            engine.executor,
+            key,
+            self.signature,
+            prog,
+            layout(prog, count, planned.slice_size),
+            self._source,
+            self._target,
+            Reduction(engine.kernels, self._op, world),
+            {r: engine.executor.flow(uids[r]) for r in prog.peers},
+            undo=self._undo,
+            window=WINDOW,
+        )
+        return self._transfer
+
+    def _count(self, world: int) -> int:
+        """Elements per segment."""
+        many = segments(self.collective, world)
+        if self._source is not None:
+            return len(self._source) // many.source
+        assert self._target is not None
+        return len(self._target) // many.target
+
+    def _stage(self, engine: Engine, rank: int, world: int, root: int, atomic: bool) -> None:
+        """Say where the attempt reads from and writes to: the caller's memory where that is possible, copies where it is not."""
+        self.release(engine)
+        many = segments(self.collective, world)
+        gets = has_output(self.collective, rank, root)
+        gives = has_input(self.collective, rank, root)
+        x, out = (self._x if gives else None), (self._out if gets else None)
+        if gets and out is None:
+            shape = self._like_shape(world, many.target)
+            self._made = allocate_like(self._like, shape)
+            out = memory_of(self._made, "out", write=True)
+        convert = self._work is not self.dtype
+        scale = self._op.name == "premul_sum"
+        same = self._in_place and gives and gets
+        copy_in = x is not None and (x.flat is None or convert or scale or (self._inside and many.source == 1))
+        copy_out = out is not None and (out.flat is None or convert or (self._inside and many.source > 1))
+        self._source = self._target = None
+        if x is not None:
+            if copy_in:
+                self._source = self._take(engine, x.count)
+                self._fill(engine, x, self._source)
+            else:
+                self._source = x.flat
+        if out is not None:
+            count = x.count // many.source * many.target if x is not None else out.count
+            if same and copy_in:
+                self._target = self._source
+                self._staged_out = True
+            elif copy_out:
+                self._target = self._take(engine, count)
+                self._staged_out = True
+            else:
+                assert out.flat is not None
+                self._target = out.flat[:count]
+        self._out_now = out
+        if same and atomic and not copy_in:
+            assert self._target is not None
+            memory = self._target.view(np.uint8)
+            spare = engine.spare(memory.nbytes)
+            self._spares.append(spare)
+            self._undo = Undo(memory, spare)
+
+    def _like_shape(self, world: int, many: int) -> tuple[int, ...]:
+        assert self._x is not None
+        shape = self._x.shapes[0] if len(self._x.shapes) == 1 else (self._x.count,)
+        if self.collective in ("all_gather", "gather"):
+            return (world, *shape)
+        if self.collective == "reduce_scatter":
+            return (shape[0] // world, *shape[1:]) if shape and shape[0] % world == 0 else (self._x.count // world,)
+        return shape
+
+    def _take(self, engine: Engine, count: int) -> Array:
+        spare = engine.spare(count * self._work.itemsize)
+        self._spares.append(spare)
+        return spare[: count * self._work.itemsize].view(self._work.numpy)
+
+    def _fill(self, engine: Engine, x: Memory, into: Array) -> None:
+        """Copy the input, converted and scaled as the call wants it."""
+        if self._work is self.dtype:
+            if x.flat is not None:
+                into[:] = x.flat
+            else:
+                x.pack(into)
+        else:
+            flat = x.flat
+            if flat is None:
+                flat = np.empty(x.count, self.dtype.numpy)
+                x.pack(flat)
+            engine.kernels.convert(into, flat)
+        engine.kernels.prepare(self._op, into, into)
+
+    # --- the end ----------------------------------------------------------------------------------------------------
+
+    def restore(self) -> None:
+        """Give the caller its input back, bit for bit."""
+        if self._undo:
+            self._undo.restore()
+        original = self._x.flat if self._inside and self._x is not None else None
+        if original is not None and self._source is not None and self._source is not original:
+            original[:] = self._source  # another member's segment may have been written over it
+
+    def commit(self, engine: Engine, view: View, began: float, attempts: int) -> Info:
+        """The caller has its result."""
+        out = self._out_now
+        if self._staged_out and out is not None and self._target is not None:
+            result = self._target
+            if self._work is not self.dtype:
+                half = np.empty(len(result), self.dtype.numpy)
+                engine.kernels.convert(half, result)
+                result = half
+            if out.flat is not None:
+                out.flat[: len(result)] = result
+            else:
+                out.unpack(result)
+        moved = self._transfer
+        self.info = Info(
+            self.description,
+            view.epoch,
+            tuple(m for m in view.members if self.pair is None or m.uid in self.pair),
+            self._used,
+            moved.bytes_sent if moved else 0,
+            moved.bytes_received if moved else 0,
+            engine.now() - began,
+            attempts,
+            None if out is None else self._given if self._made is None else self._made,
+        )
+        self.release(engine)
+        return self.info
+
+    def release(self, engine: Engine) -> None:
+        """Hold no memory beyond the caller's."""
+        for spare in self._spares:
+            engine.give_spare(spare)
+        self._spares.clear()
+        self._undo = None
+        self._staged_out = False
+        self._source = self._target = None
+
+
+class _Parts(Operation):
+    """What calls and rounds share."""
+
+    parts: list[Part]
+    _now: View
+    """The membership of the present attempt: those who contribute"""
+    _streak = 0
+    """Attempts in a row that ended without a loss"""
+
+    def can_retry(self, view: View) -> bool:
+        """The buffers have to fit."""
+        return not any(part.misfit(view) for part in self.parts)
+
+    def begin(self, view: View, record: Record) -> None:
+        """Start an attempt of every part."""
+        self._streak = 0 if view.lost or view.left or record.attempts == 1 else self._streak + 1
+        if self._streak >= 3:
+            raise InvalidArgument(f"{self.description}: three attempts in a row failed although no peer was lost; giving up")
+        self._record = record
+        self._now = view
+        for part in self.parts:
+            part.done = False
+        for k, part in enumerate(self.parts):
+            self._begin_part(part, k)
+
+    def _begin_part(self, part: Part, k: int) -> None:
+        view, record = self._now, self._record
+        assert record is not None
+        membership = self.engine.membership(self.comm)
+        ranks = {uid: r for r, uid in enumerate(self.pair or [m.uid for m in view.members])}
+        broken = tuple((min(ranks[a], ranks[b]), max(ranks[a], ranks[b])) for a, b in membership.broken if a in ranks and b in ranks)
+        key = CallKey(view.epoch, record.id.key, k)
+        self.engine.run(self, part.begin(self.engine, view, key, broken, atomic=self.atomic))
+
+    def transfer_done(self, transfer: Transfer) -> None:
+        """A part has its result."""
+        self.parts[transfer.key.sub].done = True
+
+    def restore(self) -> None:
+        """Give the caller all inputs back."""
+        for part in self.parts:
+            if self.atomic:
+                part.restore()
+            if hasattr(self, "engine"):
+                part.release(self.engine)
+
+
+class Collective(_Parts):
+    """A plain call."""
+
+    def __init__(
+        self, comm: int, part: Part, *, tag: Tag, timeout: float | None, atomic: bool, retry: bool, pair: Pair | None = None
+    ) -> None:
+        marks = [name for name, on in (("atomic=False", not atomic), ("retry", retry)) if on]
+        sign = signature(f"{part.signature} {' '.join(marks)}")
+        super().__init__(comm, part.description, signature=sign, timeout=timeout, tag=tag, pair=pair, atomic=atomic, retry=retry)
+        self.parts = [part]
+
+    def is_complete(self) -> bool:
+        """The one part."""
+        return self.parts[0].done
+
+    def result(self, outcome: Outcome, record: Record) -> Info:
+        """What the call did."""
+        return self.parts[0].commit(self.engine, self._now, self.began, record.attempts)
+
+
+class Round(_Parts):
+    """Calls that commit together. They run as they are made; `seal` says that there are no more."""
+
+    def __init__(self, comm: int, *, tag: Tag, timeout: float | None, retry: bool) -> None:
+        super().__init__(comm, "round()", signature=0, timeout=timeout, tag=tag, retry=retry)
+        self.parts = []
+        self.sealed = False
+        self._running = False
+
+    def begin(self, view: View, record: Record) -> None:
+        """Run what the body has asked for so far."""
+        self._running = True
+        super().begin(view, record)
+
+    def add(self, part: Part) -> None:
+        """The body makes a call."""
+        self.parts.append(part)
+        if self._running and not self.settled:
+            try:
+                self._begin_part(part, len(self.parts) - 1)
+            except InvalidArgument as e:
+                self.reason = e
+                self.engine.fail(self, str(e))
+
+    def seal(self) -> None:
+        """The body is over."""
+        self.sealed = True
+        self.description = f"round({', '.join(part.description for part in self.parts)})"
+        self.signature = signature(f"round of {[part.signature for part in self.parts]}{' retry' if self.retry else ''}")
+        self.engine.sealed(self)
+
+    def halt(self) -> None:
+        """Calls that the body makes now run with the next attempt."""
+        self._running = False
+
+    def is_complete(self) -> bool:
+        """All parts, once the body is over."""
+        return self.sealed and all(part.done for part in self.parts)
+
+    def result(self, outcome: Outcome, record: Record) -> RoundInfo:
+        """What the round did."""
+        infos = tuple(part.commit(self.engine, self._now, self.began, record.attempts) for part in self.parts)
+        return RoundInfo(self._now.epoch, self._now.members, infos, self.engine.now() - self.began, record.attempts)

@@ -1,0 +1,139 @@
+"""From what a caller gives to `connect`, to an engine."""
+
+from __future__ import annotations
+
+import functools
+import os
+import pathlib
+import socket
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import TypedDict
+
+from pccl.core.address import Address, is_loopback, parse_address
+from pccl.core.errors import InvalidArgument
+from pccl.core.options import Options
+from pccl.engine import Engine
+
+
+class Settings(TypedDict, total=False):
+    """Keywords of `connect`; those of `Options` are taken, too, under their names."""
+
+    name: str
+    """What errors and logs call this peer. Default ``host:pid``."""
+    listen: str
+    """``host`` or ``host:port`` where this peer accepts links; default: loopback if the master is there, else every interface."""
+    advertise: str
+    """``host`` or ``host:port`` where others reach it, if that differs (a NAT, a container)."""
+    key: str
+    """Path of this peer's own key file, where the master has an allow-list."""
+    timeout: float | None
+    connect_timeout: float | None
+    heartbeat_interval: float
+    heartbeat_timeout: float
+    stall_timeout: float
+    takeover_timeout: float
+    dial_timeout: float
+    path_timeout: float
+    log_waiting: float
+    min_world_size: int
+    max_in_flight: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Everything checked; `engine` makes the engine, to be called on its loop."""
+
+    options: Options
+    engine: Callable[[], Engine]
+
+
+def prepare(address: str, group: str, settings: Settings) -> Prepared:
+    """Check what a caller gave.
+
+    Raises:
+        InvalidArgument: something is not allowed; says what.
+    """
+    from pccl.transports.keys import load_keypair
+
+    master = parse_address(address)
+    if not isinstance(group, str) or not 1 <= len(group) <= 256:
+        raise InvalidArgument(f"group: a name of 1 to 256 characters is needed, not {group!r}")
+    given = dict(settings)
+    names = {"name", "listen", "advertise", "key"}
+    known = {f.name for f in fields(Options)}
+    unknown = given.keys() - names - known
+    if unknown:
+        raise InvalidArgument(f"{', '.join(sorted(unknown))}: no such setting; there are {', '.join(sorted(names | known))}")
+    options = Options(**{k: v for k, v in given.items() if k in known})  # type: ignore[arg-type]
+    text = {k: _text(k, given.get(k)) for k in names}
+    listen = parse_endpoint(text["listen"], "listen") if text["listen"] else default_listen(master)
+    advertise = parse_endpoint(text["advertise"], "advertise") if text["advertise"] else default_advertise(master, listen)
+    keypair = load_keypair(text["key"]) if text["key"] else None
+
+    def make() -> Engine:
+        from pccl.transports.tcp import TcpTransport
+        from pccl.transports.zmq_client import ZmqClient
+
+        return Engine(
+            ZmqClient(master, keypair=keypair, heartbeat_interval=options.heartbeat_interval, heartbeat_timeout=options.heartbeat_timeout),
+            TcpTransport(listen[0], listen[1] or 0, advertise=advertise),
+            group=group,
+            name=text["name"] or f"{socket.gethostname()}:{os.getpid()}",
+            host=host_identity(),
+            key=uuid.uuid4().bytes,
+            address=address,
+            options=options,
+        )
+
+    return Prepared(options, make)
+
+
+def _text(name: str, value: object) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    raise InvalidArgument(f"{name}: text is needed, not {value!r}")
+
+
+def parse_endpoint(text: str, name: str) -> tuple[str, int | None]:
+    """``host``, ``host:port``, ``[v6]`` or ``[v6]:port``."""
+    try:
+        bare = ":" not in text or (text.startswith("[") and text.endswith("]")) or (text.count(":") > 1 and not text.startswith("["))
+        if bare:
+            return text.strip("[]"), None
+        parsed = parse_address(text, name)
+    except InvalidArgument:
+        raise InvalidArgument(f"{name}: host or host:port is needed, not {text!r}") from None
+    return parsed.host, parsed.port
+
+
+def default_listen(master: Address) -> tuple[str, int | None]:
+    """Loopback where the master is there, every interface otherwise."""
+    if is_loopback(master.host):
+        return ("::1" if ":" in master.host else "127.0.0.1"), None
+    return "", None
+
+
+def default_advertise(master: Address, listen: tuple[str, int | None]) -> tuple[str, int | None] | None:
+    """The address of the interface that leads to the master, where this peer listens on every interface. No packet is sent."""
+    if listen[0]:
+        return None
+    try:
+        family, kind, _, _, where = socket.getaddrinfo(master.host, master.port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(where)
+            return str(probe.getsockname()[0]), listen[1]
+    except OSError:
+        return socket.gethostname(), listen[1]
+
+
+@functools.cache
+def host_identity() -> str:
+    """What peers on this machine, in this network namespace, have in common: they can talk without a network."""
+    parts = [socket.gethostname()]
+    try:
+        parts += [pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/net")]
+    except OSError:
+        pass  # not Linux
+    return str(uuid.uuid5(uuid.NAMESPACE_OID, "|".join(parts)))

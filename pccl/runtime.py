@@ -1,0 +1,226 @@
+"""Where an engine lives: on an event loop of its own in a thread of its own, or on the caller's loop.
+
+Callers hand work to the engine with `post`, which may be called from any thread and keeps its order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import concurrent.futures
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol, TypeVar
+
+from pccl.core.errors import InvalidArgument, PcclError
+from pccl.engine import Engine
+from pccl.transports import fork
+
+T = TypeVar("T")
+
+logger = logging.getLogger("pccl")
+
+
+class Runtime(Protocol):
+    """A place where an engine runs."""
+
+    engine: Engine
+
+    def post(self, callback: Callable[..., None], *args: Any) -> None:
+        """Have the engine's loop call this; errors of a closed or forked engine are raised here."""
+
+    def deliver(self, future: asyncio.Future[Any]) -> Callable[[Any], None]:
+        """A callback for the engine's loop that settles a future of the present loop."""
+
+    async def connect(self) -> None:
+        """Start the engine and wait until it is admitted."""
+
+    async def close(self, *, leave: bool) -> None:
+        """Leave the group, or just go, and end the engine."""
+
+
+class InlineRuntime:
+    """The engine runs on the caller's loop. For the simulator, and for programs that are asynchronous through and through."""
+
+    def __init__(self, make: Callable[[], Engine]) -> None:
+        self.engine = make()
+        self._closed = False
+
+    def post(self, callback: Callable[..., None], *args: Any) -> None:
+        """Call it soon."""
+        if self._closed:
+            raise closed_error()
+        asyncio.get_running_loop().call_soon(callback, *args)
+
+    def deliver(self, future: asyncio.Future[Any]) -> Callable[[Any], None]:
+        """Settle the future at once."""
+
+        def settle(result: Any) -> None:
+            if not future.done():
+                future.set_result(result)
+
+        return settle
+
+    async def connect(self) -> None:
+        """Start the engine."""
+        await self.engine.connect()
+
+    async def close(self, *, leave: bool) -> None:
+        """End the engine."""
+        if not self._closed:
+            self._closed = True
+            await (self.engine.leave() if leave else self.engine.close())
+
+
+class ThreadRuntime:
+    """The engine has a thread and an event loop (uvloop's if it is installed) of its own.
+
+    Args:
+        make: makes the engine, in its thread with its loop running.
+    """
+
+    engine: Engine
+
+    def __init__(self, make: Callable[[], Engine]) -> None:
+        self._make = make
+        self._loop = new_loop()
+        self._pid = os.getpid()
+        self._forked = False
+        self._closed = False
+        self._thread = threading.Thread(target=_run, args=(self._loop,), name="pccl-engine", daemon=True)
+        self._thread.start()
+        fork.on_fork(self._fork)
+        _runtimes.add(self)
+
+    def post(self, callback: Callable[..., None], *args: Any) -> None:
+        """Hand something to the engine."""
+        if self._forked:
+            raise forked_error()
+        if self._closed:
+            raise closed_error()
+        self._loop.call_soon_threadsafe(callback, *args)
+
+    def deliver(self, future: asyncio.Future[Any]) -> Callable[[Any], None]:
+        """Settle the future on its own loop."""
+        loop = future.get_loop()
+
+        def settle(result: Any) -> None:
+            try:
+                loop.call_soon_threadsafe(_settle, future, result)
+            except RuntimeError:
+                logger.debug("a call ended after its event loop")
+
+        return settle
+
+    def run(self, make: Callable[[], Coroutine[Any, Any, T]]) -> concurrent.futures.Future[T]:
+        """Run a coroutine on the engine's loop."""
+        if self._forked:
+            raise forked_error()
+        return asyncio.run_coroutine_threadsafe(make(), self._loop)
+
+    async def _start(self) -> None:
+        self.engine = self._make()
+        await self.engine.connect()
+
+    async def connect(self) -> None:
+        """Start the engine; if this is cancelled, or fails, the thread ends."""
+        try:
+            await asyncio.wrap_future(self.run(self._start))
+        except BaseException:
+            await asyncio.to_thread(self._end)
+            raise
+
+    def connect_blocking(self) -> None:
+        """Likewise, for callers without a loop."""
+        future = self.run(self._start)
+        try:
+            future.result()
+        except BaseException:
+            future.cancel()
+            self._end()
+            raise
+
+    async def close(self, *, leave: bool) -> None:
+        """End the engine and its thread."""
+        await asyncio.to_thread(self.close_blocking, leave=leave)
+
+    def close_blocking(self, *, leave: bool) -> None:
+        """Likewise, for callers without a loop."""
+        if self._closed or self._forked:
+            return
+        self._closed = True
+        try:
+            self.run(self.engine.leave if leave else self.engine.close).result()
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        """Stop the loop; the thread closes it."""
+        self._closed = True
+        _runtimes.discard(self)
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+
+    def _fork(self) -> None:
+        """This is a child that a user's code has forked: the engine stayed with its parent."""
+        self._forked = True
+        _runtimes.discard(self)
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    asyncio.set_event_loop(loop)
+    try:
+        loop.run_forever()
+        tasks = asyncio.all_tasks(loop)
+        for task in tasks:
+            task.cancel()
+        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.run_until_complete(loop.shutdown_default_executor())
+    finally:
+        asyncio.set_event_loop(None)
+        loop.close()
+
+
+def _settle(future: asyncio.Future[Any], result: Any) -> None:
+    if not future.done():
+        future.set_result(result)
+
+
+def new_loop() -> asyncio.AbstractEventLoop:
+    """An event loop for an engine."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
+def closed_error() -> PcclError:
+    """What calls on a closed communicator get."""
+    return InvalidArgument("the communicator is closed; connect again")
+
+
+def forked_error() -> PcclError:
+    """What calls in a forked child get."""
+    return InvalidArgument(
+        "this process was forked from the one that connected, and has no part in the communicator; "
+        "connect here, or start workers with the 'spawn' or 'forkserver' method"
+    )
+
+
+_runtimes: weakref.WeakSet[ThreadRuntime] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Interpreters end without mercy for daemon threads: go before."""
+    for runtime in list(_runtimes):
+        try:
+            runtime.close_blocking(leave=False)
+        except (PcclError, RuntimeError) as e:
+            logger.debug("closing at exit: %s", e)

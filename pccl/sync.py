@@ -1,0 +1,205 @@
+"""The blocking face: the same calls without `await`, for ordinary loops and from any thread.
+
+``with pccl.sync.connect("host:48148") as comm: comm.all_reduce(x)``. With ``async_op=True`` a call returns a `Work` at once.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Unpack
+
+from pccl.calls import Part, Round
+from pccl.communicator import Pending
+from pccl.connection import Settings, prepare
+from pccl.core.errors import InvalidArgument
+from pccl.core.types import RoundInfo, StateInfo, Tag, View
+from pccl.face import Collectives, Handle, How, check_retry, check_tag
+from pccl.operations import Operation, Update
+from pccl.runtime import ThreadRuntime
+from pccl.state import Sync
+
+LAST_WORD = 0.1
+"""Seconds that an interrupted call may take to let go of its buffers."""
+
+
+def connect(address: str, *, group: str = "default", **settings: Unpack[Settings]) -> Communicator:
+    """Join a group; returns once admitted. See `pccl.connect`. The result is a context manager that leaves in the end."""
+    prepared = prepare(address, group, settings)
+    runtime = ThreadRuntime(prepared.engine)
+    runtime.connect_blocking()
+    return Communicator(runtime, 0, runtime.engine.membership(0).view, prepared.options.timeout)
+
+
+class Work:
+    """A call under way."""
+
+    def __init__(self, owner: Communicator, op: Operation) -> None:
+        self._owner = owner
+        self._op = op
+        self._result: Any = None
+        self._over = threading.Lock()
+        self._over.acquire()
+        op.on_settled = self._settle
+
+    def _settle(self, result: Any) -> None:
+        self._result = result
+        self._over.release()
+
+    def done(self) -> bool:
+        """Whether the call has ended."""
+        return not self._over.locked()
+
+    def wait(self, timeout: float | None = None) -> Any:
+        """Wait for the call's end; returns its record, or raises its error.
+
+        Args:
+            timeout: seconds; after them TimeoutError is raised, and the call goes on.
+        """
+        try:
+            ended = self._over.acquire(timeout=-1 if timeout is None else max(0.0, timeout))
+        except BaseException:  # Ctrl-C
+            self._owner._runtime.post(self._owner._runtime.engine.cancel, self._op)
+            if self._over.acquire(timeout=LAST_WORD):
+                self._over.release()
+            raise
+        if not ended:
+            raise TimeoutError(f"{self._op.description} is still under way after {timeout:g} s")
+        self._over.release()
+        self._owner._see(self._op)
+        if isinstance(self._result, BaseException):
+            raise self._result
+        return self._result
+
+    def result(self) -> Any:
+        """The call's record, or its error, without waiting.
+
+        Raises:
+            InvalidArgument: the call has not ended.
+        """
+        if not self.done():
+            raise InvalidArgument(f"{self._op.description} has not ended")
+        return self.wait()
+
+
+class Communicator(Handle[Any]):
+    """A member's hold on its group, or on a part of it (`split`). See `pccl.communicator.Communicator`; this one's calls block.
+
+    Calls may come from several threads; they take an order as they come.
+    """
+
+    def update(self, *, timeout: float | None = ...) -> View:  # type: ignore[assignment]
+        """Let in whoever waits, and hear who has gone. Every member has to call it."""
+        before = self._begin_update()
+        self._run(Update(self._comm, timeout=self._within(timeout)))
+        return self._seen if self._seen.epoch != before.epoch else self._unchanged()
+
+    def sync_state(
+        self,
+        state: Mapping[str, Any],
+        revision: int,
+        *,
+        strategy: str = "elect",
+        declare: bool = False,
+        may_differ: Sequence[str] = (),
+        tag: Tag = None,
+        timeout: float | None = ...,  # type: ignore[assignment]
+    ) -> StateInfo:
+        """Give every member the same tensors and values, to the bit. See `pccl.state.Sync`."""
+        sync = Sync(self._comm, state, revision, strategy, declare, tuple(may_differ), tag=check_tag(tag), timeout=self._within(timeout))
+        result = self._run(sync)
+        assert isinstance(result, StateInfo)
+        return result
+
+    def round(self, *, retry: bool = False, tag: Tag = None, timeout: float | None = ...) -> SyncRound:  # type: ignore[assignment]
+        """Several calls that run at the same time and commit together: ``with comm.round() as r: r.all_reduce(a); r.all_reduce(b)``."""
+        operation = Round(self._comm, tag=check_tag(tag), timeout=self._within(timeout), retry=check_retry(retry, True))
+        return SyncRound(self, operation)
+
+    def split(self, color: int | None, key: int = 0, *, timeout: float | None = ...) -> Communicator | None:  # type: ignore[assignment]
+        """Make a communicator of all members that give the same color, ranked by key, then by rank. None: be in none of them."""
+        return self._sub(self._run(self._split(color, key, self._within(timeout))))
+
+    def subgroup(self, ranks: Sequence[int], *, timeout: float | None = ...) -> Communicator | None:  # type: ignore[assignment]
+        """Make a communicator of the members of these ranks, in this order. All members call it; those outside get None."""
+        return self._sub(self._run(self._subgroup(ranks, self._within(timeout))))
+
+    def leave(self) -> None:
+        """Leave in the place of the next update, after all calls of this peer have ended. Idempotent."""
+        self._end(leave=True)
+
+    def close(self) -> None:
+        """Go at once; calls in flight fail here, and the others find this peer lost. Idempotent."""
+        self._end(leave=False)
+
+    def _end(self, *, leave: bool) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        if self._comm:
+            self._runtime.post(self._runtime.engine.leave_sub, self._comm)
+        else:
+            assert isinstance(self._runtime, ThreadRuntime)
+            self._runtime.close_blocking(leave=leave)
+
+    def __enter__(self) -> Communicator:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._end(leave=error is None)
+
+    def _sub(self, made: tuple[int, View] | None) -> Communicator | None:
+        return Communicator(self._runtime, made[0], made[1], self._timeout) if made else None
+
+    def _do(self, part: Part, how: How) -> Any:
+        work = self._start(self._operation(part, how))
+        return work if how.get("async_op") else work.wait()
+
+    def _start(self, op: Operation) -> Work:
+        self._check_open()
+        work = Work(self, op)
+        self._runtime.post(self._runtime.engine.submit, op)
+        return work
+
+    def _run(self, op: Operation) -> Any:
+        return self._start(op).wait()
+
+
+class SyncRound(Collectives[Pending]):
+    """The body of a round: each call returns a `Pending`, which has its result when the block has ended."""
+
+    def __init__(self, comm: Communicator, operation: Round) -> None:
+        self._owner = comm
+        self._operation = operation
+        self.info: RoundInfo | None = None
+        """What the round did, once it is committed"""
+
+    def __enter__(self) -> SyncRound:
+        self._work = self._owner._start(self._operation)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        runtime = self._owner._runtime
+        if error is None:
+            runtime.post(self._operation.seal)
+        else:
+            runtime.post(runtime.engine.fail, self._operation, f"the body of the round raised {error!r}")
+        try:
+            self.info = self._work.wait()
+        except Exception:
+            if error is None:
+                raise
+
+    def _do(self, part: Part, how: How) -> Pending:
+        odd = [name for name in how if name != "algorithm"]
+        if odd:
+            raise InvalidArgument(f"{', '.join(odd)}: a call in a round takes what the round says; give it to round() instead")
+        self._owner._runtime.post(self._operation.add, part)
+        return Pending(part)
+
+    def _view(self) -> View:
+        return self._owner.view
+
+    def _uid(self) -> int:
+        return self._owner._uid()
