@@ -1,7 +1,7 @@
 """Who lacks a block asks for it; who has it sends it. The data path of sync_state.
 
 A peer that fetches has at most a window of blocks under way, so everything that arrives has its place. Blocks come from each peer in the
-order in which they were asked for.
+order in which they were asked for; a peer that is asked for what it has yet to fetch itself answers when it has it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,11 @@ class Store(Protocol):
     """What the exchange serves from and fetches into."""
 
     def read(self, want: Want) -> memoryview | None:
-        """A block that this peer has; None if there is none such."""
+        """A block for somebody else; None if this peer does not have it yet.
+
+        Raises:
+            WireError: there is no such block.
+        """
 
     def place(self, want: Want) -> memoryview:
         """Where a block goes that was asked for."""
@@ -88,7 +92,7 @@ class _Blocks:
 
 
 class _Out:
-    """What goes to one peer on one channel."""
+    """What goes to one peer on one channel: requests as they are, or blocks as they are to be had."""
 
     def __init__(self, exchange: Exchange, channel: int, limit: int) -> None:
         self.transfer = exchange
@@ -96,16 +100,22 @@ class _Out:
         self.position = 0
         self.limit = limit
         self._channel = channel
-        self.waiting: deque[memoryview] = deque()
+        self.waiting: deque[memoryview | Want] = deque()
 
     def is_ready(self) -> bool:
-        return bool(self.waiting)
+        return bool(self.waiting) and self._head() is not None
 
     def head_bytes(self) -> int:
-        return len(self.waiting[0])
+        return len(self._head() or b"")
+
+    def _head(self) -> memoryview | None:
+        head = self.waiting[0]
+        return self.transfer.store.read(head) if isinstance(head, Want) else head
 
     def pull(self) -> OutFrame:
-        payload, t = self.waiting.popleft(), self.transfer
+        payload, t = self._head(), self.transfer
+        assert payload is not None
+        self.waiting.popleft()
         header = Header(Kind.DATA, t.key.epoch, t.key.call, t.key.sub, self._channel, self.position, len(payload), t.signature)
         self.position += len(payload)
         if self._channel == BLOCK:
@@ -142,12 +152,16 @@ class Exchange:
 
     def serve(self, flow: Flow, wants: list[Want]) -> None:
         """A peer has asked for blocks."""
-        for want in wants[:ASKED_AT_ONCE]:
-            data = self.store.read(want)
-            if data is None:
-                raise WireError(f"a request for {want}, which does not exist")
-            self._replies[flow.uid].waiting.append(data)
-        flow.offer(self._replies[flow.uid])
+        replies = self._replies[flow.uid]
+        replies.waiting.extend(wants[:ASKED_AT_ONCE])
+        if replies.is_ready():
+            flow.offer(replies)
+
+    def refresh(self) -> None:
+        """The store has more than before: go on with what others asked for."""
+        for uid, replies in self._replies.items():
+            if not replies.queued and replies.is_ready():
+                self._flows[uid].offer(replies)
 
     # --- Moving -----------------------------------------------------------------------------------------------------
 

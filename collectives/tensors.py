@@ -24,8 +24,10 @@ class Memory:
     It is a view, nothing is copied. As long as it lives, so do the caller's objects, and a bytearray cannot be resized.
     """
 
-    __slots__ = ("arrays", "count", "dtype", "flat")
+    __slots__ = ("arrays", "count", "dtype", "flat", "given")
 
+    given: Any
+    """What the caller passed."""
     dtype: DType
     """Of all elements."""
     count: int
@@ -36,7 +38,8 @@ class Memory:
     """All elements as a 1-D array, if they lie one after the other (read-only where the caller's object is); else None, and they
     go through `pack` and `unpack`."""
 
-    def __init__(self, dtype: DType, arrays: tuple[Array, ...]) -> None:
+    def __init__(self, given: Any, dtype: DType, arrays: tuple[Array, ...]) -> None:
+        self.given = given
         self.dtype = dtype
         self.arrays = arrays
         if len(arrays) == 1:
@@ -104,9 +107,9 @@ def memory_of(x: Any, name: str = "tensor", *, write: bool = False) -> Memory:
                 raise InvalidArgument(f"{name}: the tensors of a list must have one dtype; {name}[0] is {dtype}, {name}[{i}] is {other}")
         if write and len(arrays) > 1 and _any_shared([(array, i) for i, array in enumerate(arrays)]):
             raise InvalidArgument(f"{name}: tensors of the list share memory; each needs its own to be written to")
-        return Memory(dtype, arrays)
+        return Memory(x, dtype, arrays)
     dtype, array = _array_of(x, name, write)
-    return Memory(dtype, (array,))
+    return Memory(x, dtype, (array,))
 
 
 def allocate_like(x: Any, shape: int | Sequence[int], *, dtype: DType | None = None) -> Any:
@@ -159,12 +162,9 @@ def _buffer_array(x: Any, name: str) -> Array:
     except TypeError:
         raise InvalidArgument(f"{name}: {type(x).__module__}.{type(x).__qualname__} is not supported; give {_KINDS}") from None
     try:
-        array = np.asarray(view)
-    except (ValueError, NotImplementedError, RuntimeError) as e:
+        return np.asarray(view)
+    except (TypeError, ValueError, RuntimeWarning) as e:  # the last where warnings are errors
         raise InvalidArgument(f"{name}: a buffer of format {view.format!r} is not supported ({e})") from None
-    if array.base is None:  # numpy did not know the format and made objects
-        raise InvalidArgument(f"{name}: a buffer of format {view.format!r} is not supported; elements can be {', '.join(DTYPES)}")
-    return array
 
 
 def _check_strides(array: Array, name: str) -> None:

@@ -18,7 +18,7 @@ from pccl.collectives.schedules.meaning import has_input, has_output, segments
 from pccl.collectives.tensors import Memory, allocate_like, memory_of
 from pccl.collectives.transfer import Transfer, Undo
 from pccl.core.dtypes import ReduceOp, dtype_named
-from pccl.core.errors import InvalidArgument
+from pccl.core.errors import CollectiveAborted, InvalidArgument
 from pccl.core.types import Info, Pair, RoundInfo, Tag, View
 from pccl.operations import Operation, signature
 from pccl.protocol.record import Outcome, Record
@@ -310,7 +310,9 @@ class _Parts(Operation):
         """Start an attempt of every part."""
         self._streak = 0 if view.lost or view.left or record.attempts == 1 else self._streak + 1
         if self._streak >= 3:
-            raise InvalidArgument(f"{self.description}: three attempts in a row failed although no peer was lost; giving up")
+            reason = "three attempts in a row were aborted although no peer was lost"
+            survivors = tuple(m.name for m in view.members)
+            raise CollectiveAborted(f"{self.description}: {reason}", call=self.description, reason=reason, survivors=survivors)
         self._record = record
         self._now = view
         for part in self.parts:

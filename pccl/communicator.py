@@ -155,7 +155,7 @@ class Communicator(Handle[Coroutine[Any, Any, Info]]):
         op.on_settled = self._runtime.deliver(future)
         self._runtime.post(self._runtime.engine.submit, op)
         try:
-            result = await future
+            result = await asyncio.shield(future)  # cancelling the task must not cancel what the engine settles
         except asyncio.CancelledError:
             self._runtime.post(self._runtime.engine.cancel, op)
             await _outlast(future)

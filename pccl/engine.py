@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -48,7 +49,17 @@ class Engine:
     """
 
     def __init__(
-        self, client: ControlClient, transport: Transport, *, group: str, name: str, host: str, key: bytes, address: str, options: Options
+        self,
+        client: ControlClient,
+        transport: Transport,
+        *,
+        group: str,
+        name: str,
+        host: str,
+        key: bytes,
+        address: str,
+        options: Options,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.options = options
         self.executor = Executor(self)
@@ -64,6 +75,7 @@ class Engine:
         self._host = host
         self._key = key
         self._address = address
+        self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._peer: Peer | None = None
         self._admitted: asyncio.Future[View] = self._loop.create_future()
@@ -72,7 +84,7 @@ class Engine:
         self._timer_due: dict[int, float] = {}
         self._heart: asyncio.TimerHandle | None = None
         self._lazy: asyncio.TimerHandle | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], None] = {}
         self._ticket: Prepare | None = None
         self._ticket_came = asyncio.Event()
         self._running: dict[Moving, Operation] = {}
@@ -162,7 +174,7 @@ class Engine:
         try:
             membership = self.membership(op.comm)
             op.engine = self
-            op.began = self._loop.time()
+            op.began = self._clock()
             if op.timeout is not None:
                 op.deadline = self._loop.call_later(op.timeout, self.expire, op)
             membership.enter(op.record, self._loop.time())
@@ -220,8 +232,8 @@ class Engine:
             self._arm(membership)
 
     def now(self) -> float:
-        """The engine's clock."""
-        return self._loop.time()
+        """Seconds, for measuring; uvloop's own clock counts milliseconds."""
+        return self._clock()
 
     def spare(self, nbytes: int) -> npt.NDArray[np.uint8]:
         """Memory for undoing or staging a call; hand it back with `give_spare`."""
@@ -437,7 +449,9 @@ class Engine:
         for uid in list(self.executor.flows):
             self.executor.drop_flow(uid)
         if not self._admitted.done():
-            self._admitted.set_exception(error)
+            reason = error.reason if isinstance(error, Evicted) else str(error)
+            refused = isinstance(error, (ConnectError, StateConflict))
+            self._admitted.set_exception(error if refused else ConnectError(f"the group did not let this peer in: {reason}"))
 
     def _fail_all(self, error: PcclError) -> None:
         self.error = self.error or error
@@ -520,13 +534,13 @@ class Engine:
         if comm in self._timers:
             self._timers[comm].cancel()
         self._timer_due[comm] = due
-        self._timers[comm] = self._loop.call_at(due, self._tick, membership)
+        self._timers[comm] = self._loop.call_at(due, self._tick, membership, due)
 
-    def _tick(self, membership: Membership) -> None:
+    def _tick(self, membership: Membership, due: float) -> None:
         self._timer_due.pop(membership.comm, None)
         self._timers.pop(membership.comm, None)
         if self.error is None:
-            membership.tick(self._loop.time())
+            membership.tick(max(due, self._loop.time()))  # uvloop's timers may be a millisecond early
             self._arm(membership)
 
     # --- inside -----------------------------------------------------------------------------------------------------
@@ -537,5 +551,5 @@ class Engine:
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[task] = None
+        task.add_done_callback(self._tasks.pop)

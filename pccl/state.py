@@ -73,6 +73,7 @@ class Sync(Operation):
         self._strategy = strategy
         self._declare = bool(declare)
         self._truth: Truth | None = None
+        self._own = b""
         self._digest = b""
         """Of the truth whose blocks are in `_fetched`"""
         self._manifest: Manifest | None = None
@@ -85,6 +86,8 @@ class Sync(Operation):
         self._landing: dict[Want, npt.NDArray[np.uint8]] = {}
         self._todo: deque[Want] = deque()
         self._missing: set[Want] = set()
+        self._unchanged: set[Want] = set()
+        """Blocks of the truth that this member has already"""
         self._holders: list[int] = []
         self._sources: dict[int, str] = {}
         self._exchange: Exchange | None = None
@@ -144,7 +147,7 @@ class Sync(Operation):
         assert isinstance(answer, Truth)
         self._truth = answer
         mine = self.engine.membership(0).uid
-        self._holders = [uid for uid in answer.holders if uid != mine]
+        self._holders = self._sources_for(mine, answer.holders)
         if answer.digest != self._digest:
             self._digest = answer.digest
             self._manifest = None
@@ -161,6 +164,20 @@ class Sync(Operation):
             self._todo = deque(Want(MANIFEST, b) for b in range(blocks))
             self._missing = set(self._todo)
             self._ask_more()
+
+    def _sources_for(self, mine: int, holders: tuple[int, ...]) -> list[int]:
+        """Whom to ask: holders, if there is a link to any; otherwise members that are nearer to one, and will have it before."""
+        cut = {frozenset(link) for link in self.engine.membership(self.comm).broken}
+        distance = {uid: 0 for uid in holders if uid in self._names}
+        frontier = list(distance)
+        while frontier:
+            near = [(u, v) for u in frontier for v in self._names if v not in distance and frozenset((u, v)) not in cut]
+            frontier = list(dict.fromkeys(v for _, v in near))
+            distance.update((v, distance[u] + 1) for u, v in reversed(near))
+        if distance.get(mine, 0) == 0:
+            return [uid for uid in holders if uid != mine and frozenset((uid, mine)) not in cut]
+        nearer = [u for u, d in distance.items() if d == distance[mine] - 1 and frozenset((u, mine)) not in cut]
+        return sorted(nearer)
 
     def _lacks_differing(self) -> bool:
         """Whether this member, with the same content otherwise, needs copies of tensors that may differ."""
@@ -193,6 +210,8 @@ class Sync(Operation):
                 wants += [Want(i, b) for b in range(item.blocks)] if fresh else []
             elif have.content is None or have.content != item.content:
                 wants += [Want(i, b) for b in range(item.blocks) if have.content is None or have.hash_of(b) != item.hash_of(b)]
+        everything = {Want(i, b) for i, item in enumerate(self._manifest.items) for b in range(item.blocks)}
+        self._unchanged = everything.difference(wants)
         self._todo = deque(w for w in wants if w not in self._fetched)
         self._missing = set(self._todo)
         if self._missing:
@@ -248,18 +267,31 @@ class Sync(Operation):
     # --- Store ------------------------------------------------------------------------------------------------------
 
     def read(self, want: Want) -> memoryview | None:
-        """A block for somebody else."""
-        start = want.block * BLOCK_BYTES
-        if want.item == MANIFEST:
-            data = memoryview(self.snapshot.packed)[start : start + BLOCK_BYTES] if want.block >= 0 else memoryview(b"")
-        elif 0 <= want.item < len(self.snapshot.manifest.items) and want.block >= 0:
-            item = self.snapshot.manifest.items[want.item]
-            if not item.dtype:
-                return None
-            data = self.snapshot.block(item.name, want.block).data
-        else:
+        """A block for somebody else: this member's own if it holds the truth, else one that it has fetched."""
+        truth = self._truth
+        if truth is None:
             return None
-        return data if len(data) else None
+        start, holds = want.block * BLOCK_BYTES, truth.digest == self._own
+        if want.block < 0 or want.item < MANIFEST:
+            raise WireError(f"a request for {want}")
+        if want.item == MANIFEST:
+            data = self.snapshot.packed if holds else self._manifest_data.data if self._manifest else None
+            block = None if data is None else memoryview(data)[start : start + BLOCK_BYTES]
+        else:
+            manifest = self.snapshot.manifest if holds else self._manifest
+            if manifest is None:
+                return None
+            if want.item >= len(manifest.items) or want.block >= manifest.items[want.item].blocks:
+                raise WireError(f"a request for {want}")
+            name = manifest.items[want.item].name
+            if holds or want in self._unchanged:
+                block = self.snapshot.block(name, want.block).data
+            else:
+                fetched = self._fetched.get(want)
+                block = None if fetched is None else fetched.data
+        if block is not None and not len(block):
+            raise WireError(f"a request for {want}")
+        return block
 
     def place(self, want: Want) -> memoryview:
         """Where a block goes."""
@@ -293,6 +325,8 @@ class Sync(Operation):
             else:
                 self._fetched[want] = data
                 self._missing.discard(want)
+        if self._exchange:
+            self._exchange.refresh()
         if self._missing:
             self._ask_more()
         else:
@@ -304,6 +338,8 @@ class Sync(Operation):
             if digest_of(data) != self._digest:
                 raise WireError("its hash is wrong")
             self._manifest = unpack_manifest(data)
+            if self._exchange:
+                self._exchange.refresh()
         except WireError:
             self._distrust(uid)
             assert self._truth is not None

@@ -2,11 +2,13 @@
 
 Made for a simulator: everything happens in callbacks of one event loop, at its times, in an order that only its calls decide. Connections
 are modelled as what TCP and ZeroMQ's heartbeats make of them: what is sent arrives in order, late, or never because the connection ended.
+Handlers are called in the `contextvars` context of the node that they belong to, and what is under way has the network's own.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import itertools
 from collections import deque
 from collections.abc import Callable
@@ -32,6 +34,7 @@ class MemoryControl:
         self.heartbeat_interval = heartbeat_interval
         self.origins = itertools.count(1)
         self.servers: dict[str, MemoryServer] = {}
+        self.context = contextvars.Context()
         self._delay = delay
         self._nodes: dict[str, _Node] = {}
         self._names = itertools.count(1)
@@ -91,8 +94,17 @@ class _Node:
     def begin(self) -> None:
         """Take part from now on."""
         self.loop = asyncio.get_running_loop()
+        self.context = contextvars.copy_context()
         self.open = True
         self.network.add(self)
+
+    def tell(self, handler: Callable[..., None], *args: object) -> None:
+        """Call the node's handler, soon and in its own context."""
+        self.loop.call_soon(self._told, handler, args, context=self.context)
+
+    def _told(self, handler: Callable[..., None], args: tuple[object, ...]) -> None:
+        if self.open:
+            handler(*args)
 
     def pause(self, how: str) -> None:
         """Be "frozen", "held", or neither."""
@@ -141,8 +153,9 @@ class _Lane:
     def _look_at(self, when: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        loop = self.source.loop
-        self._timer = loop.call_at(when, self._look) if when > loop.time() else loop.call_soon(self._look)
+        loop, context = self.source.loop, self.source.network.context
+        later = when > loop.time()
+        self._timer = loop.call_at(when, self._look, context=context) if later else loop.call_soon(self._look, context=context)
 
     def _look(self) -> None:
         self._timer = None
@@ -191,7 +204,7 @@ class _Connection:
         self._heard: dict[_Node, float] = {lane.target: self._loop.time() for lane in self._lanes}  # the ends that are open
         for lane in self._lanes:
             lane.source.connections[self.origin.number] = self
-        self._loop.call_later(self._network.heartbeat_interval, self._beat)
+        self._loop.call_later(self._network.heartbeat_interval, self._beat, context=self._network.context)
 
     def is_open(self, node: _Node) -> bool:
         return node in self._heard
@@ -225,7 +238,7 @@ class _Connection:
                 self.close(node)
                 node.lost(self)
         if self._heard:
-            self._loop.call_later(self._network.heartbeat_interval, self._beat)
+            self._loop.call_later(self._network.heartbeat_interval, self._beat, context=self._network.context)
 
 
 class MemoryServer(_Node, ControlServer):
@@ -252,7 +265,7 @@ class MemoryServer(_Node, ControlServer):
         connection = self.connections.get(origin.number)
         if connection is not None:
             connection.close(self)
-            self.loop.call_soon(self.lost, connection)
+            self.loop.call_soon(self.lost, connection, context=self.network.context)
 
     async def close(self) -> None:
         """Stop serving; what was queued gets a moment to leave."""
@@ -267,12 +280,12 @@ class MemoryServer(_Node, ControlServer):
     def arrived(self, connection: _Connection, data: bytes) -> None:
         """A message came."""
         connection.known = True
-        self._handler.received(connection.origin, data)
+        self.tell(self._handler.received, connection.origin, data)
 
     def lost(self, connection: _Connection) -> None:
         """A connection ended."""
         if self.open and connection.known:
-            self._handler.disconnected(connection.origin)
+            self.tell(self._handler.disconnected, connection.origin)
 
 
 class MemoryClient(_Node, ControlClient):
@@ -287,7 +300,7 @@ class MemoryClient(_Node, ControlClient):
         """Begin to connect; returns at once."""
         self._handler = handler
         self.begin()
-        self.loop.call_soon(self._connect)
+        self.loop.call_soon(self._connect, context=self.network.context)
 
     def send(self, data: bytes) -> None:
         """Queue a message for the current connection; between connections, dropped."""
@@ -301,13 +314,13 @@ class MemoryClient(_Node, ControlClient):
 
     def arrived(self, connection: _Connection, data: bytes) -> None:
         """A message came."""
-        self._handler.control_received(data)
+        self.tell(self._handler.control_received, data)
 
     def lost(self, connection: _Connection) -> None:
         """The connection ended."""
         if self.open:
-            self.loop.call_later(RETRY, self._connect)
-            self._handler.control_down()
+            self.loop.call_later(RETRY, self._connect, context=self.network.context)
+            self.tell(self._handler.control_down)
 
     def _connect(self) -> None:
         server = self.network.servers.get(self._address)
@@ -315,16 +328,16 @@ class MemoryClient(_Node, ControlClient):
         if server is None or there is None or back is None:
             self._connected(None)
         else:
-            self.loop.call_later(there + back, self._connected, server)
+            self.loop.call_later(there + back, self._connected, server, context=self.network.context)
 
     def _connected(self, server: MemoryServer | None) -> None:
         if not self.open:
             return
         if server is None or not server.open or server.paused or self.paused:
-            self.loop.call_later(RETRY, self._connect)
+            self.loop.call_later(RETRY, self._connect, context=self.network.context)
         else:
             _Connection(self, server)
-            self._handler.control_up()
+            self.tell(self._handler.control_up)
 
 
 def _check_size(data: bytes) -> None:

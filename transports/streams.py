@@ -27,8 +27,8 @@ class StreamTransport(Transport):
     """Makes links over wires. What kind of wires, says the subclass."""
 
     def __init__(self) -> None:
-        self._links: set[WireLink] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._links: dict[WireLink, None] = {}
+        self._tasks: dict[asyncio.Task[None], None] = {}
         self._strangers: Counter[str] = Counter()
         self._admit: Admit | None = None
         self._accepted: Callable[[Link], LinkHandler] | None = None
@@ -86,7 +86,7 @@ class StreamTransport(Transport):
             return
         self._strangers[host] += 1
         task = asyncio.get_running_loop().create_task(self._welcome(wire, host))
-        self._tasks.add(task)
+        self._tasks[task] = None
         task.add_done_callback(lambda task: self._welcomed(task, wire, host))
 
     async def _welcome(self, wire: Wire, host: str) -> None:
@@ -102,7 +102,7 @@ class StreamTransport(Transport):
         link.open(self._accepted(link))
 
     def _welcomed(self, task: asyncio.Task[None], wire: Wire, host: str) -> None:
-        self._tasks.discard(task)
+        del self._tasks[task]
         self._strangers[host] -= 1
         if not self._strangers[host]:
             del self._strangers[host]
@@ -118,6 +118,9 @@ class StreamTransport(Transport):
             raise
 
     def _link(self, wire: Wire, uid: int) -> WireLink:
-        link = WireLink(wire, uid, closed=self._links.discard)
-        self._links.add(link)
+        link = WireLink(wire, uid, closed=self._forget)
+        self._links[link] = None
         return link
+
+    def _forget(self, link: WireLink) -> None:
+        del self._links[link]

@@ -190,20 +190,20 @@ class Group:
 
     def peers_waiting(self, ledger: Ledger) -> bool:
         """Whether newcomers wait to come in; they do so to the group, not to its sub-communicators."""
-        return ledger.comm == ROOT and bool(self.pending)
+        return ledger.comm == ROOT and bool(self._admissible())
 
     def all_rest(self, ledger: Ledger, call: Call) -> None:
         """Everyone is at rest in an update: let newcomers in and leavers go, or say that nothing changes."""
-        staying = [u for u in ledger.members if u not in ledger.leaving]
-        least = max([ledger.min_world_size, *(p.info.min_world_size for p in self.pending)])
-        if ledger.comm == ROOT and len(staying) + len(self.pending) < least:
-            self._resting = call
-        elif ledger.comm == ROOT and self.pending:
-            self._admit(call)
-        elif len(staying) < len(ledger.members):
-            self._end_update(call, [])
-        else:
+        newcomers = self._admissible()
+        enough = len(self._staying()) + len(newcomers) >= ledger.min_world_size
+        if newcomers and enough:
+            self._admit(newcomers, call)
+        elif ledger.leaving:
+            self._end_update(call, [], over=enough)
+        elif enough:
             ledger.commit(call)
+        else:
+            self._resting = call
 
     def all_given(self, ledger: Ledger, call: Call) -> None:
         """Everyone has entered sync_state."""
@@ -358,13 +358,21 @@ class Group:
     def _form(self) -> None:
         """An empty group begins when enough wait; not while members of an earlier master's group may still report."""
         busy = self.root is not None or self._admission is not None or self._takeover_ends is not None
-        least = max((p.info.min_world_size for p in self.pending), default=1)
-        if len(self.pending) >= least and not busy and self._now >= self._recover_until:
-            self._admit(None)
+        newcomers = self._admissible()
+        if newcomers and not busy and self._now >= self._recover_until:
+            self._admit(newcomers, None)
 
-    def _admit(self, call: Call | None) -> None:
-        """Begin to let in everyone who waits."""
-        newcomers, self.pending, self._resting = self.pending, [], None
+    def _admissible(self) -> list[Peer]:
+        """Those who wait and would be in a group that is large enough for them."""
+        here, found = len(self._staying()), self.pending
+        while found and (most := max(p.info.min_world_size for p in found)) > here + len(found):
+            found = [p for p in found if p.info.min_world_size < most]
+        return found
+
+    def _admit(self, newcomers: list[Peer], call: Call | None) -> None:
+        """Begin to let in these."""
+        self.pending = [p for p in self.pending if p not in newcomers]
+        self._resting = None
         for peer in newcomers:
             if peer.uid < 0:
                 peer.uid, self._next_uid = self._next_uid, self._next_uid + 1
@@ -440,8 +448,8 @@ class Group:
         self.ledgers[ROOT] = root = Ledger(self, ROOT, Epoch(self._term, self.rid, 0), (), min_world_size=least)
         self._install(root, joined=tuple(p.member for p in newcomers))
 
-    def _end_update(self, call: Call, newcomers: list[Peer]) -> None:
-        """An update ends with a new epoch: newcomers are in, leavers are out."""
+    def _end_update(self, call: Call, newcomers: list[Peer], *, over: bool = True) -> None:
+        """A new epoch at an update: newcomers are in, leavers are out. The update is over, or goes on since the group is too small."""
         root = self.root
         assert root
         for member in root.dismiss():
@@ -449,7 +457,7 @@ class Group:
                 ledger.drop(member.uid, left=True, detail=f"{member.name} left")
         asks = [a for a in (codec.decode(p) for p in call.payloads.values()) if isinstance(a, UpdateAsk)]
         root.min_world_size = max([root.min_world_size, *(p.info.min_world_size for p in newcomers)])
-        decision = Decision(call.id, "C", -1, bool(newcomers), b"", Reason.NONE, "")
+        decision = Decision(call.id, "C" if over else "R", -1, bool(newcomers), b"", Reason.NONE, "")
         self._install(
             root,
             decisions=(decision,),

@@ -495,6 +495,8 @@ class Membership:
 
     def timer(self) -> float | None:
         """When `tick` is due."""
+        while self._unannounced and (self._unannounced[0].announced or self._unannounced[0].state is not State.RUNNING):
+            self._unannounced.popleft()
         times = [self._unannounced[0].began + ANNOUNCE_AFTER] if self._unannounced else []
         times += [r.expired_at + self._grace for r in self._owed]
         times += [r.expired_at + self._takeover_timeout for r in self._open.values() if r.expired]

@@ -328,6 +328,16 @@ def test_one_nan(name: str, op: str) -> None:
         same_bits(out, canonical(out.copy()))
 
 
+@pytest.mark.parametrize("name", ["float32", "float64"])
+def test_nans_may_be_left_as_they_are(name: str) -> None:
+    x = np.array([1, 2, 3], DTYPES[name].numpy)
+    x.view(f"u{x.itemsize}")[1] = odd = (1 << (8 * x.itemsize)) - 1
+    out = np.empty_like(x)
+    Kernels().fold(operator("min", name), out, [x], canonical=False)
+    assert out.view(f"u{x.itemsize}")[1] == odd
+    assert (out[0], out[2]) == (1, 3)
+
+
 def test_nan_from_numbers_is_the_quiet_one() -> None:
     inf = np.array([np.inf, -np.inf], np.float32)
     out = np.empty(2, np.float32)
@@ -469,16 +479,21 @@ def test_torch_modes_of_the_caller_see_nothing() -> None:
     from torch.overrides import TorchFunctionMode
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    class Dispatch(TorchDispatchMode):  # type: ignore[misc]
+    class Dispatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(self, *args: Any, **kwargs: Any) -> Any:
             pytest.fail("seen")
 
-    class Function(TorchFunctionMode):  # type: ignore[misc]
+    class Function(TorchFunctionMode):
         def __torch_function__(self, *args: Any, **kwargs: Any) -> Any:
             pytest.fail("seen")
 
     x, out, kernels = np.full(5000, 1.5, np.float16), np.empty(5000, np.float16), Kernels()
-    for mode in (Dispatch(), Function(), torch.inference_mode(), torch.device("meta")):
+    for mode in (
+        Dispatch(),  # type: ignore[no-untyped-call]
+        Function(),
+        torch.inference_mode(),
+        torch.device("meta"),
+    ):
         with mode:
             kernels.combine(operator("sum", "float16"), out, x, x)
         assert (out == 3).all()
@@ -497,11 +512,11 @@ def test_scratch_is_bounded_and_reused(monkeypatch: pytest.MonkeyPatch) -> None:
         cases.append((operator(op, name), parts))
     tracemalloc.start()
     try:
-        for op, parts in cases:
-            kernels.fold(op, parts[0], parts)
-            kernels.combine(op, parts[0], parts[0], parts[1])
-            kernels.prepare(op, parts[0], parts[0])
-            kernels.finish(op, parts[0], 3)
+        for operation, parts in cases:
+            kernels.fold(operation, parts[0], parts)
+            kernels.combine(operation, parts[0], parts[0], parts[1])
+            kernels.prepare(operation, parts[0], parts[0])
+            kernels.finish(operation, parts[0], 3)
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()

@@ -1,0 +1,305 @@
+"""What simulated peers run, and the book in which they write what happened, so that it can be checked.
+
+The loop is that of a training job: update, sync_state, some collectives, a deterministic step. Contributions are small integers that depend on who
+gives them and on the step, so that every result can be told from its list of members; after an abort the inputs must be as they were.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import random
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pccl.communicator import Communicator
+from pccl.core.errors import (
+    CollectiveAborted,
+    CollectiveError,
+    CollectiveMismatch,
+    CollectiveTimeout,
+    Evicted,
+    PcclError,
+    StateConflict,
+    TooFewPeers,
+)
+from pccl.core.types import Epoch, Info, Member
+from pccl.operations import Operation
+from pccl.protocol.record import State
+
+Key = tuple[Epoch, str]
+"""(the epoch that founded the group, the call's id)"""
+
+MADE: contextvars.ContextVar[list[Operation]] = contextvars.ContextVar("made")
+"""Operations that the present job has made: their ids tell which calls of different members are the same"""
+
+
+class Violation(AssertionError):
+    """A promise was broken."""
+
+
+@dataclass
+class Outcome:
+    """How a call ended for one member."""
+
+    node: str
+    committed: bool
+    error: str
+    after: int
+    """Where in its history of epochs the member was when it heard"""
+    members: tuple[Member, ...] = ()
+    value: bytes = b""
+
+
+@dataclass
+class Book:
+    """What all nodes have seen."""
+
+    outcomes: dict[Key, list[Outcome]] = field(default_factory=lambda: defaultdict(list))
+    digests: dict[tuple[Epoch, int], dict[str, str]] = field(default_factory=lambda: defaultdict(dict))
+    """(founding epoch, revision) -> node -> digest of the state that sync_state gave it"""
+    epochs: dict[str, list[Epoch]] = field(default_factory=lambda: defaultdict(list))
+    """node -> the epochs that it was in"""
+    founded: dict[str, Epoch] = field(default_factory=dict)
+    """node -> the first epoch of its group"""
+    slowest: float = 0.0
+    counts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    final: dict[str, tuple[Epoch, bytes]] = field(default_factory=dict)
+    """node -> founding epoch, weights of those who came to the last step"""
+
+    def check(self) -> None:
+        """P1 and P2 over the whole run."""
+        for key, outcomes in self.outcomes.items():
+            committed = [o for o in outcomes if o.committed]
+            for a in committed[1:]:
+                if (a.members, a.value) != (committed[0].members, committed[0].value):
+                    raise Violation(f"P2: {key}: {committed[0].node} and {a.node} committed different results: {committed[0]} {a}")
+            for c in committed:
+                for o in outcomes:
+                    both = set(self.epochs[c.node][c.after :]) & set(self.epochs[o.node][o.after :])
+                    if not o.committed and both:
+                        raise Violation(f"P1: {key}: {c.node} committed, {o.node} got {o.error}, and both went on into {both}")
+        for revision, digests in self.digests.items():
+            if len(set(digests.values())) > 1:
+                raise Violation(f"P2: states of revision {revision} differ: {digests}")
+        for founded in set(self.founded.values()):
+            weights = {name: w for name, (f, w) in self.final.items() if f == founded}
+            if len(set(weights.values())) > 1:
+                raise Violation(f"P2: members ended with different states: {list(weights)}")
+
+
+@dataclass
+class Plan:
+    """What a run does."""
+
+    steps: int = 6
+    calls: int = 3
+    sync: bool = True
+    cancel: float = 0.0
+    """Chance that a member cancels a call"""
+    disagree: float = 0.0
+    """Chance that a member makes another call than the others"""
+    late: float = 0.0
+    """Chance that a member takes its time"""
+
+
+def contribution(uid: int, step: int, k: int, size: int) -> npt.NDArray[np.float32]:
+    """What a member gives."""
+    return ((np.arange(size) * 7 + uid * 13 + step * 5 + k * 3) % 31).astype(np.float32)
+
+
+class Trainer:
+    """One node's program."""
+
+    def __init__(self, book: Book, plan: Plan, seed: int) -> None:
+        self.book = book
+        self.plan = plan
+        self.seed = seed
+        self.leaves = False
+        """Set to have it stop before its next iteration, and leave"""
+
+    async def __call__(self, world: Any, name: str, comm: Communicator) -> None:
+        self.world, self.name, self.comm = world, name, comm
+        view = comm.view
+        older = [m.name for m in view.members if m not in view.joined]
+        self.book.founded[name] = self.book.founded[older[0]] if older else view.epoch
+        make = comm._operation
+
+        def note(*args: Any) -> Operation:
+            op = make(*args)
+            MADE.get([]).append(op)
+            return op
+
+        comm._operation = note  # type: ignore[method-assign]
+        self.own = random.Random(f"{self.seed} {name}")
+        self.step = 0
+        self.weights = np.zeros(50, np.float32)
+        while self.step < self.plan.steps and not self.leaves:
+            try:
+                await self.iteration()
+            except (CollectiveAborted, CollectiveTimeout) as e:
+                self.book.counts[type(e).__name__] += 1
+            except CollectiveMismatch as e:
+                self.book.counts["CollectiveMismatch"] += 1
+                if not self.plan.disagree:
+                    raise Violation(f"P4: {name}: {e}, although all run one text") from e
+            except (Evicted, StateConflict, TooFewPeers) as e:
+                self.book.counts[type(e).__name__] += 1
+                return
+        if not self.leaves:
+            self.book.final[name] = self.book.founded[name], self.weights.tobytes()
+
+    async def iteration(self) -> None:
+        comm, book = self.comm, self.book
+        await self.timed(comm.update())
+        if self.plan.sync:
+            info = await self.timed(comm.sync_state({"weights": self.weights, "step": self.step}, revision=self.step))
+            if self.step and info.state["step"] != self.step and info.attempts == 1 and not info.bytes_received:
+                raise Violation(f"P2: {self.name} went from step {self.step} to {info.state['step']} without receiving anything")
+            self.step = info.state["step"]
+            book.digests[book.founded[self.name], info.revision][self.name] = info.digest
+        step = self.step
+        # the text of a step: the same on all members, since they have the same step
+        text = random.Random(f"{self.seed} step {step}")
+        jobs = [(k, text.choice(("plain", "retry", "out", "round", "tagged", "gather", "loose")), text.choice((1, 5, 50, 9000))) for k in range(self.plan.calls)]
+        if self.own.random() < self.plan.late:
+            await asyncio.sleep(self.own.random() * 0.5)
+        if text.random() < 0.5:
+            results = await asyncio.gather(*(self.job(step, k, kind, size) for k, kind, size in self.shuffled(jobs)), return_exceptions=True)
+            errors = [r for r in results if isinstance(r, BaseException)]
+            for e in errors:
+                if not isinstance(e, CollectiveError):
+                    raise e
+            if errors:
+                raise errors[0]
+            sums = dict(r for r in results if isinstance(r, tuple))
+        else:
+            sums = dict([await self.job(step, k, kind, size) for k, kind, size in jobs])
+        for k in sorted(sums):
+            self.weights[:] = self.weights * np.float32(0.5) + sums[k]
+        self.step += 1
+        book.counts["steps"] += 1
+
+    def shuffled(self, jobs: list[tuple[int, str, int]]) -> list[tuple[int, str, int]]:
+        """Tagged calls may be made in any order; untagged ones keep theirs."""
+        tagged = [j for j in jobs if j[1] == "tagged"]
+        self.own.shuffle(tagged)
+        return [j for j in jobs if j[1] != "tagged"] + tagged
+
+    async def job(self, step: int, k: int, kind: str, size: int) -> tuple[int, float]:
+        """One call, or one round; its result in a number."""
+        comm, uid = self.comm, self.comm._uid()
+        x = contribution(uid, step, k, size)
+        before = x.copy()
+        made: list[Operation] = []
+        MADE.set(made)
+        retry = kind in ("retry", "round", "tagged")
+        out: Any = None
+        coroutine: Any
+        if kind == "round":
+            return await self.round(step, k, size)
+        if kind == "gather":
+            coroutine = comm.all_gather(x)
+        else:
+            out = np.empty_like(x) if kind == "out" else x
+            tag = f"t{k}" if kind == "tagged" else None
+            op = "sum"
+            if self.own.random() < self.plan.disagree:
+                op = "max"
+                self.book.counts["disagreements"] += 1
+            coroutine = comm.all_reduce(x, op, out=out, tag=tag, retry=retry, atomic=kind != "loose")
+        try:
+            info: Info = await self.timed(coroutine, cancel=True)
+        except PcclError as e:
+            if kind == "loose" and isinstance(e, CollectiveError):
+                return k, 0.0  # others may have the result: what a program does next must not depend on it
+            self.failed(made[0], "", e)
+            if kind != "loose" and not np.array_equal(x, before):
+                raise Violation(f"P1: {self.name} step {step} {kind}: inputs were not restored after {e!r}") from e
+            raise
+        if kind == "gather":
+            value = np.asarray(info.out)
+            expected = np.stack([contribution(m.uid, step, k, size) for m in info.members])
+        else:
+            value = out
+            expected = np.sum([contribution(m.uid, step, k, size) for m in info.members], axis=0, dtype=np.float32)
+        self.committed(made[0], "", info, value, expected)
+        return k, 0.0 if kind == "loose" else float(value.sum() % 1000)
+
+    async def round(self, step: int, k: int, size: int) -> tuple[int, float]:
+        comm, uid = self.comm, self.comm._uid()
+        xs = [contribution(uid, step, 100 * k + i, size) for i in range(3)]
+        befores = [x.copy() for x in xs]
+        try:
+            r = comm.round(retry=True)
+            async with r:
+                handles = []
+                for x in xs:
+                    handles.append(r.all_reduce(x))
+                    if self.own.random() < self.plan.late:
+                        await asyncio.sleep(self.own.random() * 0.05)
+        except PcclError as e:
+            self.failed(r._operation, "", e)
+            if not all(np.array_equal(x, b) for x, b in zip(xs, befores, strict=True)):
+                raise Violation(f"P1: {self.name} round {k} of step {step}: inputs were not restored after {e!r}") from e
+            raise
+        for i, (x, h) in enumerate(zip(xs, handles, strict=True)):
+            expected = np.sum([contribution(m.uid, step, 100 * k + i, size) for m in h.info.members], axis=0, dtype=np.float32)
+            self.committed(r._operation, f".{i}", h.info, x, expected)
+        return k, float(sum(x.sum() for x in xs) % 1000)
+
+    async def timed(self, awaitable: Any, *, cancel: bool = False) -> Any:
+        """Await a call; perhaps cancel it; note how long it took."""
+        began = self.world.loop.time()
+        try:
+            task = asyncio.ensure_future(awaitable)  # always, so that calls begin in the same order on those that cancel and those that do not
+            if cancel and self.own.random() < self.plan.cancel:
+                await asyncio.sleep(self.own.random() * 0.02)
+                task.cancel()
+                self.book.counts["cancelled"] += 1
+                try:
+                    return await task
+                except asyncio.CancelledError:
+                    op = MADE.get()[-1]
+                    if op.record.state is State.COMMITTED:  # it came too late: the result is in the buffer
+                        return op.parts[0].info  # type: ignore[attr-defined]
+                    raise CollectiveAborted("cancelled by the test") from None
+            return await task
+        finally:
+            epochs = self.book.epochs[self.name]
+            if self.comm.view.epoch not in epochs:
+                epochs.append(self.comm.view.epoch)
+            took = self.world.loop.time() - began
+            self.book.slowest = max(self.book.slowest, took)
+
+    def committed(self, op: Operation, part: str, info: Info, value: Any, expected: Any) -> None:
+        """A call has a result: it has to be that of its members."""
+        if not np.array_equal(value, expected):
+            uids = [m.uid for m in info.members]
+            what = f"{self.name} {op.description} {op.record.id} with members {uids}"
+            raise Violation(f"wrong result: {what}: {np.asarray(value).ravel()[:4]} not {expected.ravel()[:4]}")
+        self.book.counts["committed"] += 1
+        if info.attempts > 1:
+            self.book.counts["retried"] += 1
+        if op.atomic:
+            outcome = Outcome(self.name, True, "", self.place(), info.members, np.asarray(value).tobytes())
+            self.book.outcomes[self.key(op, part)].append(outcome)
+
+    def failed(self, op: Operation, part: str, error: PcclError) -> None:
+        """A call has failed; where the member itself is out, that says nothing about the others."""
+        if not isinstance(error, (Evicted, StateConflict)) and op.record.id.n >= 0:
+            self.book.outcomes[self.key(op, part)].append(Outcome(self.name, False, repr(error), self.place()))
+
+    def key(self, op: Operation, part: str) -> Key:
+        return self.book.founded[self.name], f"{op.record.id}{part}"
+
+    def place(self) -> int:
+        """Where in the history of its epochs this node is."""
+        epochs = self.book.epochs[self.name]
+        if self.comm.view.epoch not in epochs:
+            epochs.append(self.comm.view.epoch)
+        return len(epochs) - 1

@@ -1,0 +1,220 @@
+"""One simulated run: a seed is a plan, a world and a schedule of faults. ``python -m tests.sim.run SEED`` replays one."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import random
+import sys
+from dataclasses import dataclass, field
+
+from pccl.core.errors import ConnectError, PcclError
+from tests.sim.loop import VirtualLoop
+from tests.sim.program import Book, Plan, Trainer, Violation
+from tests.sim.world import Weather, World
+
+LIMIT = 400.0
+"""Virtual seconds in which a run has to end; faults end after a fraction of that."""
+
+
+@dataclass
+class Result:
+    """What a run came to."""
+
+    seed: int
+    book: Book
+    faults: list[str] = field(default_factory=list)
+    trace: str = ""
+    steps: int = 0
+    seconds: float = 0.0
+
+
+def scenario(seed: int) -> tuple[Plan, Weather, list[str], int]:
+    """What a seed stands for: a plan, a network, the kinds of faults, and how many peers begin."""
+    r = random.Random(f"scenario {seed}")
+    plan = Plan(steps=r.choice((3, 5, 8)), calls=r.choice((1, 2, 4)), sync=True, late=r.choice((0.0, 0.3)))
+    kinds = ["kill", "join", "freeze", "hold", "cut", "cut one way", "slow", "reset", "crash", "master", "leave"]
+    chosen = r.sample(kinds, r.choice((0, 1, 1, 2, 2, 3, 5)))
+    if r.random() < 0.25:
+        plan.cancel = 0.05
+    if r.random() < 0.1:
+        plan.disagree = 0.03
+    weather = Weather(latency=r.choice((0.0001, 0.0005, 0.02)), jitter=r.choice((0.0, 0.002, 0.05)))
+    return plan, weather, chosen, r.choice((2, 3, 3, 4, 5))
+
+
+class Run:
+    """A run under way."""
+
+    def __init__(self, loop: VirtualLoop, seed: int) -> None:
+        self.seed = seed
+        self.plan, weather, self.kinds, self.peers = scenario(seed)
+        self.world = World(loop, seed, weather=weather)
+        self.random = random.Random(f"faults {seed}")
+        self.result = Result(seed, Book())
+        self.born = 0
+        self.trainers: dict[str, Trainer] = {}
+
+    async def main(self) -> None:
+        world = self.world
+        await world.start_master()
+        for _ in range(self.peers):
+            self.start(min_world_size=self.random.choice((1, self.peers)))
+        faults = world.loop.create_task(self.faults())
+        try:
+            while True:
+                running = [world.tasks[n] for n in world.alive()]
+                if not running and faults.done():
+                    break
+                await asyncio.wait([*running, *([] if faults.done() else [faults])], return_when=asyncio.FIRST_COMPLETED, timeout=LIMIT)
+                self.check_tasks()
+                if faults.done():
+                    faults.result()
+                if world.loop.time() > LIMIT:
+                    raise Violation(f"P3: {self.stuck()} after {LIMIT:g} s")
+        finally:
+            faults.cancel()
+        self.result.book.check()
+        if self.result.book.slowest > 40.0 + 30.0:
+            raise Violation(f"P3: a call took {self.result.book.slowest:.1f} s, its deadline was 40 s")
+        if world.loop.errors:
+            raise Violation(f"callbacks raised: {world.loop.errors}")
+
+    def start(self, **options: object) -> str:
+        """Another peer."""
+        self.born += 1
+        name = f"P{self.born}"
+        self.trainers[name] = Trainer(self.result.book, self.plan, self.seed)
+        self.world.start(name, self.trainers[name], **options)
+        return name
+
+    def check_tasks(self) -> None:
+        """Programs end well, or because they were not let in before everyone was gone."""
+        for name, task in list(self.world.tasks.items()):
+            if task.done() and not self.world.nodes[name].dead and not task.cancelled():
+                error = task.exception()
+                if isinstance(error, ConnectError) or error is None:
+                    continue
+                if isinstance(error, PcclError):
+                    raise Violation(f"{name} ended with {error!r}") from error
+                raise error
+
+    def stuck(self) -> str:
+        out = []
+        for name in self.world.alive():
+            stack = self.world.tasks[name].get_stack()
+            where = f"{stack[-1].f_code.co_name}:{stack[-1].f_lineno}" if stack else "?"
+            out.append(f"{name} in {where} {self.world.nodes[name]}")
+        return f"still running: {'; '.join(out)}"
+
+    # --- faults -----------------------------------------------------------------------------------------------------
+
+    async def faults(self) -> None:
+        """A few faults at random times, each of a kind that the scenario has; what can heal, heals in the end."""
+        world, r = self.world, self.random
+        for _ in range(r.choice((1, 2, 4)) if self.kinds else 0):
+            await asyncio.sleep(r.expovariate(1 / r.choice((0.01, 0.1, 1.0))))
+            kind = r.choice(self.kinds)
+            alive = [n for n in world.alive() if not world.nodes[n].paused]
+            note = await self.strike(kind, alive)
+            if note:
+                self.result.faults.append(f"{world.loop.time():.4f} {note}")
+        await asyncio.sleep(12.0)
+        world.slow.clear()
+        for a, b in sorted(world.cuts):
+            if not (world.nodes[a].dead or world.nodes[b].dead):
+                world.heal(a, b)
+        for name in list(world.nodes):
+            if world.nodes[name].paused:
+                world.thaw(name)
+
+    async def strike(self, kind: str, alive: list[str]) -> str:
+        world, r, loop = self.world, self.random, self.world.loop
+        one = r.choice(alive) if alive else ""
+        two = r.choice([n for n in alive if n != one] or [""])
+        if kind == "join":
+            return f"{self.start()} joins"
+        if kind == "master":
+            world.kill_master()
+            await asyncio.sleep(r.choice((0.0, 0.1, 1.0)))
+            await world.start_master(recover=True)
+            return "the master is lost and comes back"
+        if not one:
+            return ""
+        if kind in ("kill", "crash"):
+            if len(alive) < 2:
+                return ""
+            (world.kill if kind == "kill" else world.crash)(one)
+        elif kind in ("freeze", "hold"):
+            seconds = r.choice((0.05, 1.0, 2.5, 5.0, 10.0))
+            (world.freeze if kind == "freeze" else world.hold)(one)
+            loop.call_later(seconds, world.thaw, one)
+            return f"{kind} {one} for {seconds} s"
+        elif kind in ("cut", "cut one way") and two:
+            world.cut(one, two, both=kind == "cut")
+            if r.random() < 0.5:
+                loop.call_later(r.random() * 4, world.heal, one, two)
+            return f"{kind} {one} {two}"
+        elif kind == "slow" and two:
+            world.slow[one, two] = r.choice((0.05, 0.3))
+            return f"slow {one} {two}"
+        elif kind == "reset" and two:
+            world.links.reset(one, two)
+            return f"reset {one} {two}"
+        elif kind == "leave":
+            self.trainers[one].leaves = True
+        return f"{kind} {one}"
+
+
+
+def run(seed: int) -> Result:
+    """Run a seed.
+
+    Raises:
+        Violation: a promise was broken.
+    """
+    loop = VirtualLoop()
+    asyncio.set_event_loop(loop)
+    garbage = gc.isenabled()
+    gc.disable()
+    sim = None
+    try:
+        sim = Run(loop, seed)
+        loop.run_until_complete(sim.main())
+        sim.result.trace = sim.world.trace.hexdigest()
+        sim.result.steps, sim.result.seconds = loop.steps, loop.now
+        return sim.result
+    except AssertionError as e:
+        faults = "; ".join(sim.result.faults) if sim else ""
+        raise Violation(f"seed {seed}: {e}\nfaults: {faults}\nreplay: python -m tests.sim.run {seed}") from e
+    finally:
+        _bury(loop, sim)
+        asyncio.set_event_loop(None)
+        loop.close()
+        if garbage:
+            gc.enable()
+
+
+def _bury(loop: VirtualLoop, sim: Run | None) -> None:
+    """End what is left, quietly: tasks of dead nodes, and everyone's after a violation."""
+    if sim:
+        for node in sim.world.nodes.values():
+            node.dead = node.paused = False
+            node.parked.clear()
+    for _ in range(20):
+        tasks = [t for t in asyncio.all_tasks(loop) if not t.done()]
+        if not tasks:
+            break
+        for task in tasks:
+            task.cancel()
+        loop.now += 100.0
+        loop.run_until_complete(asyncio.wait(tasks, timeout=50.0))
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO if "-v" in sys.argv else logging.ERROR, stream=sys.stdout, format="%(name)s %(message)s")
+    found = run(int(sys.argv[1]))
+    print(f"seed {found.seed}: {dict(found.book.counts)}, {found.seconds:.2f} virtual s, {found.steps} callbacks, trace {found.trace[:12]}")
+    for line in found.faults:
+        print("  ", line)

@@ -1,0 +1,134 @@
+"""A peer of the demo: ``python -m pccl.tools.demo.worker ADDRESS NAME ...``, started by the driver.
+
+`train` is an ordinary training loop; the rest lets a driver watch it, and strike at a moment of its choice. The worker writes one JSON
+object per line to stdout, and reads words from stdin, each of which lets it go on. It ends with its driver: when stdin does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+import pccl
+from pccl.tools.demo.data import Digits, load
+from pccl.tools.demo.model import Classifier
+
+
+def train(comm: pccl.sync.Communicator, model: Classifier, digits: Digits, driver: Driver, options: argparse.Namespace) -> None:
+    """Incumbents and newcomers run this same text; a newcomer finds out in its first `sync_state` where the others are."""
+    step = 0
+    while step < options.steps:
+        began = time.monotonic()
+        comm.update()
+        state = comm.sync_state(model.state, revision=step)
+        step = state.revision
+        images, labels = digits.shard(step, options.batch, comm.rank, comm.world_size, seed=options.seed)
+        gradients, loss = model.gradients(images, labels)
+        total = np.array([loss, len(labels)], np.float32)
+        driver.before_reduce(step)
+        work = comm.all_reduce([*gradients, total], retry=True, async_op=True)
+        driver.in_reduce(step)
+        info: pccl.Info = work.wait()
+        # Sums over images divided by their number, not averages of averages: shares may be uneven, and one is missing after a loss.
+        model.learn([gradient / total[1] for gradient in gradients], step / options.steps)
+        driver.tell(
+            "step",
+            step=step,
+            loss=float(total[0] / total[1]),
+            images=int(total[1]),
+            rank=comm.rank,
+            world=info.world_size,
+            epoch=str(info.epoch),
+            attempts=info.attempts,
+            fetched=state.bytes_received,
+            sources=state.sources,
+            seconds=time.monotonic() - began,
+            at=time.monotonic(),
+        )
+        step += 1
+
+
+class Driver:
+    """The process that has started this one.
+
+    Args:
+        pause: steps before whose all-reduce this worker waits for a word.
+        announce: a step in whose all-reduce this worker says that it is inside.
+    """
+
+    def __init__(self, pause: list[int], announce: int | None) -> None:
+        self._pause = set(pause)
+        self._announce = announce
+        self._words: queue.SimpleQueue[str] = queue.SimpleQueue()
+        threading.Thread(target=self._listen, name="driver", daemon=True).start()
+
+    def tell(self, event: str, **facts: Any) -> None:
+        """Write a line."""
+        sys.stdout.write(json.dumps({"event": event, **facts}) + "\n")
+        sys.stdout.flush()
+
+    def wait(self) -> None:
+        """Wait for a word."""
+        self._words.get()
+
+    def before_reduce(self, step: int) -> None:
+        """The worker is about to call."""
+        if step in self._pause:
+            self.tell("paused", step=step)
+            self.wait()
+
+    def in_reduce(self, step: int) -> None:
+        """The worker has called."""
+        if step == self._announce:
+            self.tell("entered", step=step)
+
+    def _listen(self) -> None:
+        for word in _words(0):
+            self._words.put(word)
+        os._exit(1)  # the driver is gone, and with it the master
+
+
+def _words(fd: int) -> Iterator[str]:
+    """Lines of a descriptor, until it ends. Not of `sys.stdin`: Python cannot shut down while a thread reads that."""
+    rest = b""
+    while data := os.read(fd, 4096):
+        *lines, rest = (rest + data).split(b"\n")
+        yield from (line.decode() for line in lines)
+
+
+def main() -> None:
+    """Load the images, wait for the word, join, train, and say how it went."""
+    parser = argparse.ArgumentParser(prog="pccl.tools.demo.worker")
+    parser.add_argument("address")
+    parser.add_argument("name")
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--batch", type=int, required=True)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--min-world-size", type=int, required=True)
+    parser.add_argument("--pause", type=int, nargs="*", default=[])
+    parser.add_argument("--announce", type=int)
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format=f"{options.name} %(levelname)s %(name)s: %(message)s")
+    driver = Driver(options.pause, options.announce)
+    digits, model = load(), Classifier(options.seed)
+    driver.tell("ready")
+    driver.wait()
+    with pccl.sync.connect(options.address, name=options.name, min_world_size=options.min_world_size) as comm:
+        driver.tell("joined", epoch=str(comm.view.epoch), rank=comm.rank, world=comm.world_size)
+        train(comm, model, digits, driver, options)
+    accuracy = model.accuracy(digits.held_out_images, digits.held_out_labels)
+    driver.tell("finished", digest=model.digest(), accuracy=accuracy)
+
+
+if __name__ == "__main__":
+    main()
