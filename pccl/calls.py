@@ -32,10 +32,12 @@ Array = npt.NDArray[Any]
 class Reduction:
     """The arithmetic of one attempt."""
 
-    def __init__(self, kernels: Kernels, op: ReduceOp, world: int) -> None:
+    def __init__(self, kernels: Kernels, op: ReduceOp, world: int, *, everywhere: bool) -> None:
         self._kernels = kernels
         self._op = op
         self._world = world
+        self._everywhere = everywhere
+        """Each member folds for itself: NaNs have to be made alike."""
 
     def combine(self, out: Array, a: Array, b: Array) -> None:
         """out = a op b"""
@@ -43,7 +45,9 @@ class Reduction:
 
     def fold(self, out: Array, parts: list[Array], final: bool) -> None:
         """out = parts[0] op parts[1] op ..."""
-        self._kernels.fold(self._op, out, parts, divide_by=self._world if final and self._op.name == "avg" else 1)
+        self._kernels.fold(
+            self._op, out, parts, divide_by=self._world if final and self._op.name == "avg" else 1, canonical=self._everywhere
+        )
 
     def finish(self, x: Array) -> None:
         """avg divides."""
@@ -57,7 +61,6 @@ class Part:
         x: what this member gives; None where it gives nothing.
         out: what it gets; None where it gets nothing, or where it is to be made (``like``).
         root: uid of the root, -1 if there is none.
-        given: what the caller knows the output by, for `Info.out`.
         like: the caller's tensor that a new result is to be like.
         accumulate: half floats travel and are summed in float32.
     """
@@ -71,7 +74,6 @@ class Part:
         out: Memory | None,
         op: ReduceOp | None = None,
         root: int = -1,
-        given: Any = None,
         like: Any = None,
         algorithm: str = "auto",
         accumulate: bool = False,
@@ -91,7 +93,6 @@ class Part:
         self._out = out
         self._op = op or ReduceOp("sum")
         self._root = root
-        self._given = given
         self._like = like
         self._algorithm = algorithm
         self._work = dtype_named("float32") if accumulate and self.dtype.half else self.dtype
@@ -159,7 +160,7 @@ class Part:
             layout(prog, count, planned.slice_size),
             self._source,
             self._target,
-            Reduction(engine.kernels, self._op, world),
+            Reduction(engine.kernels, self._op, world, everywhere=planned.schedule.cuts == 1 and self._used == "direct"),
             {r: engine.executor.flow(uids[r]) for r in prog.peers},
             undo=self._undo,
             window=WINDOW,
@@ -278,7 +279,7 @@ class Part:
             moved.bytes_received if moved else 0,
             engine.now() - began,
             attempts,
-            None if out is None else self._given if self._made is None else self._made,
+            None if out is None else out.given,
         )
         self.release(engine)
         return self.info

@@ -289,6 +289,8 @@ class Engine:
 
     def make_links(self, m: Prepare) -> None:
         """Dial what an admission asks for."""
+        for uid in (*m.dial, *m.accept):
+            self.executor.flow(uid).detach()
         self._ticket = m
         self._ticket_came.set()
         self._ticket_came = asyncio.Event()

@@ -94,7 +94,6 @@ class Collectives(ABC, Generic[R]):
                 f"all_reduce({_of(given)}, {reduction.name}{_half(accumulate, given)})",
                 x=given,
                 out=result,
-                given=x if out is None else out,
                 op=reduction,
                 in_place=where is Overlap.SAME,
                 algorithm=_algorithm("all_reduce", how),
@@ -121,7 +120,6 @@ class Collectives(ABC, Generic[R]):
                 f"reduce({_of(given)}, {reduction.name}, root={root}{_half(accumulate, given)})",
                 x=given,
                 out=result,
-                given=x if out is None else out,
                 op=reduction,
                 root=member.uid,
                 in_place=where is Overlap.SAME,
@@ -155,7 +153,6 @@ class Collectives(ABC, Generic[R]):
                 f"reduce_scatter({_of(given)}, {reduction.name}{_half(accumulate, given)})",
                 x=given,
                 out=result,
-                given=out,
                 op=reduction,
                 like=x,
                 inside=inside,
@@ -184,7 +181,6 @@ class Collectives(ABC, Generic[R]):
                 f"all_gather({_of(given)})",
                 x=given,
                 out=result,
-                given=out,
                 like=x,
                 inside=inside,
                 algorithm=_algorithm("all_gather", how),
@@ -202,7 +198,6 @@ class Collectives(ABC, Generic[R]):
             description,
             x=given if am_root else None,
             out=given,
-            given=x,
             root=member.uid,
             in_place=True,
             algorithm=_algorithm("broadcast", how),
@@ -224,7 +219,6 @@ class Collectives(ABC, Generic[R]):
             description,
             x=given,
             out=result,
-            given=out,
             root=member.uid,
             like=x,
             inside=inside,
@@ -249,9 +243,7 @@ class Collectives(ABC, Generic[R]):
             self._same_size("x", given, "out", result, self._view().world_size)
             inside = self._inside(whole=given, part=result)
         description = f"scatter({_of(result)}, root={root})"
-        part = Part(
-            "scatter", description, x=given, out=result, given=out, root=member.uid, inside=inside, algorithm=_algorithm("scatter", how)
-        )
+        part = Part("scatter", description, x=given, out=result, root=member.uid, inside=inside, algorithm=_algorithm("scatter", how))
         return self._do(part, how)
 
     def all_to_all(self, x: Any, *, out: Any = None, **how: Unpack[How]) -> R:
@@ -271,9 +263,7 @@ class Collectives(ABC, Generic[R]):
             if overlap(given, result) is not Overlap.NONE:
                 raise InvalidArgument("out: all_to_all cannot work in place: out must not overlap x")
         description = f"all_to_all({_of(given)})"
-        return self._do(
-            Part("all_to_all", description, x=given, out=result, given=out, like=x, algorithm=_algorithm("all_to_all", how)), how
-        )
+        return self._do(Part("all_to_all", description, x=given, out=result, like=x, algorithm=_algorithm("all_to_all", how)), how)
 
     def barrier(self, **how: Unpack[How]) -> R:
         """Return when every member has made this call."""
@@ -301,7 +291,7 @@ class Collectives(ABC, Generic[R]):
         result = memory_of(x, "x", write=True)
         pair = Pair(self._peer("src", src).uid, self._uid())
         description = f"sendrecv({_of(result)})"
-        return self._do(Part("sendrecv", description, x=None, out=result, given=x, pair=pair, algorithm=_algorithm("sendrecv", how)), how)
+        return self._do(Part("sendrecv", description, x=None, out=result, pair=pair, algorithm=_algorithm("sendrecv", how)), how)
 
     # --- checks -----------------------------------------------------------------------------------------------------
 

@@ -267,7 +267,7 @@ class Refused:
 
 @message(34)
 class Prepare:
-    """Make the links of an admission (or make broken ones again): dial these, accept the others."""
+    """Make links, of an admission or again: those that there are to these members are given up, for new ones."""
 
     rid: int
     admission: int
@@ -276,6 +276,8 @@ class Prepare:
     """The receiver's own."""
     contacts: tuple[Contact, ...]
     dial: tuple[int, ...]
+    accept: tuple[int, ...]
+    """They will dial."""
 
 
 @message(35)

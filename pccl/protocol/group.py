@@ -342,7 +342,9 @@ class Group:
             return
         if {peer.uid, m.uid} & root.leaving.keys():
             return
-        link = Link(*sorted((peer.uid, m.uid)))
+        link = Link(min(peer.uid, m.uid), max(peer.uid, m.uid))
+        if self._admission and any({link.low, link.high} == set(pair) for pair in self._admission.dials):
+            return  # it is just being made again
         logger.info("group %r: %s complains of its link to %s: %s", self.name, peer.info.name, root.members[m.uid].name, m.detail)
         self._relink.add(link)
         if self._admission is None:
@@ -397,8 +399,9 @@ class Group:
         uids = [*self._staying(), *(p.uid for p in admission.newcomers)]
         contacts = tuple(Contact(u, self.peers[u].info.endpoints) for u in uids)
         for uid in uids:
-            mine = tuple(other for dialer, other in admission.dials if dialer == uid)
-            self.send([uid], Prepare(self.rid, admission.number, admission.secret, uid, contacts, mine))
+            dial = tuple(other for dialer, other in admission.dials if dialer == uid)
+            accept = tuple(dialer for dialer, other in admission.dials if other == uid)
+            self.send([uid], Prepare(self.rid, admission.number, admission.secret, uid, contacts, dial, accept))
         if not admission.waiting:
             self._conclude_links()
 

@@ -485,7 +485,7 @@ class Ledger:
         late = [u for u, index in self.leaving.items() if (call.id.n >= index if call.untagged else u in (call.id.pair or self.members))]
         if late and call.asks is not UpdateAsk:
             for leaver in late:
-                self.drop(leaver, left=True, detail=f"{self.members[leaver].name} left")
+                self.drop(leaver, left=True, detail="a member left")
         elif call.asks is Offer and not call.truth and call.mismatch_at is None and call.payloads.keys() >= self.participants(call).keys():
             self.host.all_given(self, call)
 

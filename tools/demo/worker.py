@@ -120,10 +120,10 @@ def main() -> None:
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format=f"{options.name} %(levelname)s %(name)s: %(message)s")
     driver = Driver(options.pause, options.announce)
-    digits, model = load(), Classifier(options.seed)
+    digits, model, connect = load(), Classifier(options.seed), pccl.sync.connect
     driver.tell("ready")
     driver.wait()
-    with pccl.sync.connect(options.address, name=options.name, min_world_size=options.min_world_size) as comm:
+    with connect(options.address, name=options.name, min_world_size=options.min_world_size) as comm:
         driver.tell("joined", epoch=str(comm.view.epoch), rank=comm.rank, world=comm.world_size)
         train(comm, model, digits, driver, options)
     accuracy = model.accuracy(digits.held_out_images, digits.held_out_labels)
