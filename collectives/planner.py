@@ -41,6 +41,10 @@ MANY = 16
 """From this world size on, small rooted calls and all-reduces go by trees: a root that serves all others takes as long as they are many."""
 
 
+class Unreachable(Exception):
+    """There is no way to do it with the links that there are."""
+
+
 class Plan(NamedTuple):
     """How a call runs."""
 
@@ -69,6 +73,7 @@ def plan(
 
     Raises:
         InvalidArgument: no such algorithm.
+        Unreachable: the links that are left do not connect all ranks.
     """
     if algorithm != "auto":
         found = find(collective, algorithm)
@@ -76,8 +81,13 @@ def plan(
             known = ", ".join(("auto", *algorithms(collective, world)))
             raise InvalidArgument(f"algorithm: {algorithm!r} does not work with {world} peers; there are {known}")
     nbytes = count * itemsize
-    if (broken or algorithm == "spanning_tree") and collective != "sendrecv":
-        parents = tuple(int(p) for p in trees.spanning_tree(_links(world, broken), root=root))
+    if broken and collective == "sendrecv":
+        raise Unreachable("there is no link between the two members, and nobody relays for them")
+    if broken or (algorithm == "spanning_tree" and collective != "sendrecv"):
+        try:
+            parents = tuple(int(p) for p in trees.spanning_tree(_links(world, broken), root=root))
+        except InvalidArgument as e:
+            raise Unreachable(f"the members are not connected by links, and nobody else relays for them: {e}") from None
         return Plan(build(collective, "spanning_tree", world, root=root, parents=parents), _slice(nbytes, itemsize))
     if algorithm == "auto":
         algorithm = _choose(collective, nbytes, world)

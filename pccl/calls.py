@@ -11,14 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from pccl.collectives.flow import CallKey
-from pccl.collectives.planner import WINDOW, plan
+from pccl.collectives.planner import WINDOW, Unreachable, plan
 from pccl.collectives.program import layout, program
 from pccl.collectives.reduction import Kernels
 from pccl.collectives.schedules.meaning import has_input, has_output, segments
 from pccl.collectives.tensors import Memory, allocate_like, memory_of
 from pccl.collectives.transfer import Transfer, Undo
 from pccl.core.dtypes import ReduceOp, dtype_named
-from pccl.core.errors import CollectiveAborted, InvalidArgument
+from pccl.core.errors import CollectiveAborted, InvalidArgument, PcclError
 from pccl.core.types import Info, Pair, RoundInfo, Tag, View
 from pccl.operations import Operation, signature
 from pccl.protocol.record import Outcome, Record
@@ -137,6 +137,7 @@ class Part:
 
         Raises:
             InvalidArgument: the call does not fit it.
+            CollectiveAborted: there are too few links for it.
         """
         misfit = self.misfit(view)
         if misfit:
@@ -147,9 +148,11 @@ class Part:
         root = uids.index(self._root) if self._root >= 0 else -1
         self._stage(engine, rank, world, root, atomic)
         count = self._count(world)
-        if self.pair and (0, 1) in broken:
-            raise InvalidArgument(f"{self.description}: there is no link between the two members, and point-to-point calls are not relayed")
-        planned = plan(self.collective, self._algorithm, world, count, self._work.itemsize, root=root, broken=broken)
+        try:
+            planned = plan(self.collective, self._algorithm, world, count, self._work.itemsize, root=root, broken=broken)
+        except Unreachable as e:
+            survivors = tuple(m.name for m in view.members)
+            raise CollectiveAborted(f"{self.description}: {e}", call=self.description, reason=str(e), survivors=survivors) from None
         prog = program(planned.schedule, rank)
         self._used = planned.schedule.algorithm
         self._transfer = Transfer(
@@ -383,7 +386,7 @@ class Round(_Parts):
         if self._running and not self.settled:
             try:
                 self._begin_part(part, len(self.parts) - 1)
-            except InvalidArgument as e:
+            except PcclError as e:
                 self.reason = e
                 self.engine.fail(self, str(e))
 

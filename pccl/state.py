@@ -154,6 +154,8 @@ class Sync(Operation):
             self._fetched.clear()
             self._new.clear()
             self._new_bytes.clear()
+        if self._exchange:
+            self._exchange.refresh()  # others may have asked already
         if answer.digest == self._own and not self._lacks_differing():
             self._done()
         elif self._manifest is not None:
@@ -357,6 +359,7 @@ class Sync(Operation):
 
     def _done(self) -> None:
         self._complete = True
+        self.engine.executor.flush()
         self.engine.moved(self)
 
     def is_complete(self) -> bool:

@@ -207,6 +207,8 @@ class Overdue:
     comm: int
     epoch: Epoch
     call: CallId
+    reason: int
+    detail: str
 
 
 @message(7)

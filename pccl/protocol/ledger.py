@@ -193,7 +193,7 @@ class Ledger:
         if self._current(uid, m.epoch):
             call = self.calls.get(m.call)
             if call and not call.verdict:
-                self.abort(call, Reason.DEADLINE, "a member's deadline passed or its caller cancelled", by=uid)
+                self.abort(call, m.reason, m.detail, by=uid)
 
     def leave(self, uid: int, m: Leave) -> None:
         """A member leaves in the place of its update `m.index`."""

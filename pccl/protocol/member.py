@@ -415,8 +415,9 @@ class Membership:
             self._end(record, State.ABORTED, Outcome(False, self.view, reason, detail, by=self.uid), now)
 
     def _overdue(self, record: Record) -> None:
+        assert record.expired
         record.state = State.OVERDUE
-        self.host.send(Overdue(self.comm, self.epoch, record.id))
+        self.host.send(Overdue(self.comm, self.epoch, record.id, *record.expired))
 
     def _learn(self, record: Record, outcome: Outcome, waiting: int, seq: int, now: float) -> None:
         """The master has spoken: the call ends, if this member has not ended it itself."""

@@ -38,7 +38,7 @@ class Adversary:
         self.limits = limits
         self.window = window
         self.calls = calls
-        self.place = {n: 0 for n in self.cluster.nodes}
+        self.place = dict.fromkeys(self.cluster.nodes, 0)
         self.made: dict[Node, list[Call]] = {n: [] for n in self.cluster.nodes}
         self.leavers: set[Node] = set()
         self.joined = 0

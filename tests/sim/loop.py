@@ -77,8 +77,8 @@ class VirtualLoop(asyncio.BaseEventLoop):
         future = self.create_future()
         try:
             result = func(*args)
-        except Exception as e:
-            self.call_later(0.001, lambda: future.done() or future.set_exception(e))
+        except Exception:
+            self.call_later(0.001, lambda error=e: future.done() or future.set_exception(error))
         else:
             self.call_later(0.001, lambda: future.done() or future.set_result(result))
         return future

@@ -23,6 +23,7 @@ from pccl.core.errors import (
     CollectiveMismatch,
     CollectiveTimeout,
     Evicted,
+    InvalidArgument,
     PcclError,
     StateConflict,
     TooFewPeers,
@@ -36,6 +37,9 @@ Key = tuple[Epoch, str]
 
 MADE: contextvars.ContextVar[list[Operation]] = contextvars.ContextVar("made")
 """Operations that the present job has made: their ids tell which calls of different members are the same"""
+
+
+KINDS = ("plain", "retry", "out", "round", "tagged", "gather", "loose", "broadcast", "neighbours", "sub")
 
 
 class Violation(AssertionError):
@@ -67,6 +71,8 @@ class Book:
     founded: dict[str, Epoch] = field(default_factory=dict)
     """node -> the first epoch of its group"""
     slowest: float = 0.0
+    closed: bool = False
+    """The run is over: what still happens is the clearing away."""
     counts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     final: dict[str, tuple[Epoch, bytes]] = field(default_factory=dict)
     """node -> founding epoch, weights of those who came to the last step"""
@@ -141,8 +147,12 @@ class Trainer:
         while self.step < self.plan.steps and not self.leaves:
             try:
                 await self.iteration()
-            except (CollectiveAborted, CollectiveTimeout) as e:
-                self.book.counts[type(e).__name__] += 1
+            except CollectiveAborted:
+                self.book.counts["CollectiveAborted"] += 1
+            except CollectiveTimeout as e:
+                self.book.counts["CollectiveTimeout"] += 1
+                if not self.plan.disagree:
+                    raise Violation(f"P3: {name}: {e}, although all run one text and every fault is noticed sooner") from e
             except CollectiveMismatch as e:
                 self.book.counts["CollectiveMismatch"] += 1
                 if not self.plan.disagree:
@@ -165,11 +175,13 @@ class Trainer:
         step = self.step
         # the text of a step: the same on all members, since they have the same step
         text = random.Random(f"{self.seed} step {step}")
-        jobs = [(k, text.choice(("plain", "retry", "out", "round", "tagged", "gather", "loose")), text.choice((1, 5, 50, 9000))) for k in range(self.plan.calls)]
+        jobs = [(k, text.choice(KINDS), text.choice((1, 5, 50, 9000))) for k in range(self.plan.calls)]
         if self.own.random() < self.plan.late:
             await asyncio.sleep(self.own.random() * 0.5)
         if text.random() < 0.5:
-            results = await asyncio.gather(*(self.job(step, k, kind, size) for k, kind, size in self.shuffled(jobs)), return_exceptions=True)
+            results = await asyncio.gather(
+                *(self.job(step, k, kind, size) for k, kind, size in self.shuffled(jobs)), return_exceptions=True
+            )
             errors = [r for r in results if isinstance(r, BaseException)]
             for e in errors:
                 if not isinstance(e, CollectiveError):
@@ -202,12 +214,21 @@ class Trainer:
         coroutine: Any
         if kind == "round":
             return await self.round(step, k, size)
+        if kind == "neighbours":
+            return await self.neighbours(step, k, size)
+        if kind == "sub":
+            return await self.sub(step, k, size)
+        op = "sum"
+        root = 0
         if kind == "gather":
             coroutine = comm.all_gather(x)
+        elif kind == "broadcast":
+            root = comm.view.members[0].uid
+            out = x
+            coroutine = comm.broadcast(x, 0)
         else:
             out = np.empty_like(x) if kind == "out" else x
             tag = f"t{k}" if kind == "tagged" else None
-            op = "sum"
             if self.own.random() < self.plan.disagree:
                 op = "max"
                 self.book.counts["disagreements"] += 1
@@ -218,17 +239,62 @@ class Trainer:
             if kind == "loose" and isinstance(e, CollectiveError):
                 return k, 0.0  # others may have the result: what a program does next must not depend on it
             self.failed(made[0], "", e)
-            if kind != "loose" and not np.array_equal(x, before):
+            input_only = kind not in ("loose", "broadcast") or (kind == "broadcast" and uid == root)
+            if input_only and not np.array_equal(x, before):
                 raise Violation(f"P1: {self.name} step {step} {kind}: inputs were not restored after {e!r}") from e
             raise
         if kind == "gather":
             value = np.asarray(info.out)
             expected = np.stack([contribution(m.uid, step, k, size) for m in info.members])
+        elif kind == "broadcast":
+            value, expected = out, contribution(root, step, k, size)
         else:
             value = out
-            expected = np.sum([contribution(m.uid, step, k, size) for m in info.members], axis=0, dtype=np.float32)
+            combine = np.sum if op == "sum" else np.max
+            expected = combine([contribution(m.uid, step, k, size) for m in info.members], axis=0).astype(np.float32)
         self.committed(made[0], "", info, value, expected)
         return k, 0.0 if kind == "loose" else float(value.sum() % 1000)
+
+    async def neighbours(self, step: int, k: int, size: int) -> tuple[int, float]:
+        """Everyone sends to the next one and receives from the one before. Commits per pair, so what comes next must not depend on it."""
+        comm = self.comm
+        view = comm.view
+        if view.world_size < 2:
+            return k, 0.0
+        after, before = (view.rank + 1) % view.world_size, (view.rank - 1) % view.world_size
+        sender = view.members[before].uid
+        x, y = contribution(comm._uid(), step, k, size), np.zeros(size, np.float32)
+        made: list[Operation] = []
+        MADE.set(made)
+        both = self.timed(comm.send(x, after)), self.timed(comm.recv(y, before))
+        results = await asyncio.gather(*both, return_exceptions=True)
+        for op, result in zip(made, results, strict=True):
+            if isinstance(result, Info):
+                value = x if op.pair and op.pair.source == comm._uid() else y
+                self.committed(op, "", result, value, contribution(op.pair.source if op.pair else sender, step, k, size))
+            elif isinstance(result, (CollectiveAborted, CollectiveTimeout)):
+                self.failed(op, "", result)
+            elif isinstance(result, BaseException) and not isinstance(result, (CollectiveError, InvalidArgument)):
+                raise result
+        return k, 0.0
+
+    async def sub(self, step: int, k: int, size: int) -> tuple[int, float]:
+        """Two halves of the group reduce apart from each other."""
+        half = await self.timed(self.comm.split(self.comm.rank % 2))
+        x = contribution(self.comm._uid(), step, k, size)
+        try:
+            info = await self.timed(half.all_reduce(x, retry=True))
+        except CollectiveAborted as e:
+            if "not connected" not in str(e) and "could not go on" not in str(e):
+                raise
+            await half.leave()  # the other half knows nothing of it, so what comes next must not depend on it
+            return k, 0.0
+        expected = np.sum([contribution(m.uid, step, k, size) for m in info.members], axis=0, dtype=np.float32)
+        if not np.array_equal(x, expected):
+            raise Violation(f"wrong result: {self.name} in half {half} with members {[m.uid for m in info.members]}")
+        self.book.counts["halves"] += 1
+        await half.leave()
+        return k, 0.0
 
     async def round(self, step: int, k: int, size: int) -> tuple[int, float]:
         comm, uid = self.comm, self.comm._uid()
@@ -256,7 +322,9 @@ class Trainer:
         """Await a call; perhaps cancel it; note how long it took."""
         began = self.world.loop.time()
         try:
-            task = asyncio.ensure_future(awaitable)  # always, so that calls begin in the same order on those that cancel and those that do not
+            task = asyncio.ensure_future(
+                awaitable
+            )  # always, so that calls begin in the same order on those that cancel and those that do not
             if cancel and self.own.random() < self.plan.cancel:
                 await asyncio.sleep(self.own.random() * 0.02)
                 task.cancel()
@@ -273,8 +341,8 @@ class Trainer:
             epochs = self.book.epochs[self.name]
             if self.comm.view.epoch not in epochs:
                 epochs.append(self.comm.view.epoch)
-            took = self.world.loop.time() - began
-            self.book.slowest = max(self.book.slowest, took)
+            if not self.book.closed:
+                self.book.slowest = max(self.book.slowest, self.world.loop.time() - began)
 
     def committed(self, op: Operation, part: str, info: Info, value: Any, expected: Any) -> None:
         """A call has a result: it has to be that of its members."""

@@ -167,7 +167,6 @@ class Run:
         return f"{kind} {one}"
 
 
-
 def run(seed: int) -> Result:
     """Run a seed.
 
@@ -199,6 +198,7 @@ def run(seed: int) -> Result:
 def _bury(loop: VirtualLoop, sim: Run | None) -> None:
     """End what is left, quietly: tasks of dead nodes, and everyone's after a violation."""
     if sim:
+        sim.result.book.closed = True
         for node in sim.world.nodes.values():
             node.dead = node.paused = False
             node.parked.clear()

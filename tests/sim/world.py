@@ -74,7 +74,10 @@ class World:
         name = f"master {self._lives}"
         node = self.nodes[name] = Node(name)
         shell = MasterShell(
-            self.control.server(MASTER), self.options, recover=recover, random_bytes=lambda n: bytes(self._keys.randrange(256) for _ in range(n))
+            self.control.server(MASTER),
+            self.options,
+            recover=recover,
+            random_bytes=lambda n: bytes(self._keys.randrange(256) for _ in range(n)),
         )
         await self.loop.create_task(shell.start(), context=node.context)
         self.master = shell

@@ -21,7 +21,7 @@ PICTURE = Path("pccl-demo.png")
 
 def demo_command(
     peers: Annotated[int, typer.Option(min=2, max=16, help="Processes at the start; one is killed, and one joins.")] = 4,
-    steps: Annotated[int, typer.Option(min=60, help="Steps to train.")] = 600,
+    steps: Annotated[int, typer.Option(min=150, help="Steps to train.")] = 600,
     seed: Annotated[int, typer.Option(min=0, help="Decides first parameters, the order of the images, and who is killed.")] = 1,
     plot: Annotated[Path, typer.Option(metavar="FILE", help="Where the picture goes; needs matplotlib.")] = PICTURE,
     json_file: Annotated[Path | None, typer.Option("--json", "-J", metavar="FILE", help="Write all figures there.")] = None,

@@ -14,7 +14,8 @@ Images = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.uint8]
 
 TRAINING = 8_000
-PIXELS = 28 * 28
+SIDE = 28
+PIXELS = SIDE * SIDE
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +30,16 @@ class Digits:
     def shard(self, step: int, batch: int, rank: int, world_size: int, *, seed: int) -> tuple[Images, Labels]:
         """A peer's share of a step's batch: the members' shares are disjoint, and together they are the batch.
 
-        The order of the images is another one in each epoch, and the same on every peer, whoever joined when.
+        The order of the images is another one in each epoch, and each step shifts its images by up to a pixel, so that none is seen too
+        often. All of that depends on nothing but seed and step: it is the same on every peer, whoever joined when.
         """
         per_epoch = len(self.images) // batch
         epoch, place = divmod(step, per_epoch)
         order = np.random.default_rng((seed, epoch)).permutation(len(self.images))
         mine = order[place * batch : (place + 1) * batch][rank::world_size]
-        return self.images[mine], self.labels[mine]
+        down, right = np.random.default_rng((seed, epoch, place)).integers(-1, 2, size=2)
+        shifted = np.roll(self.images[mine].reshape(-1, SIDE, SIDE), (down, right), axis=(1, 2))
+        return shifted.reshape(-1, PIXELS), self.labels[mine]
 
 
 def load() -> Digits:

@@ -7,8 +7,7 @@ from typing import Any
 
 from pccl.tools.demo.history import History
 
-COLORS = {"kill": "#c0392b", "recovered": "#27ae60", "join": "#2874a6", "note": "#999999"}
-LABELS = {"kill": "killed", "recovered": "recovered", "join": "joined"}
+COLORS = {"kill": "#c62828", "join": "#1565c0"}
 INK = "#333333"
 SMOOTH = 15
 """Steps in the running mean of the loss"""
@@ -42,7 +41,12 @@ def plot(history: History, path: Path) -> None:
     world.set_yticks(range(highest + 1))
     world.set_ylabel("world size")
 
-    times.vlines(at, 0, [1000 * step.seconds for step in history.log], color="#ef6c00", linewidth=1)
+    took = [1000 * step.seconds for step in history.log]
+    times.scatter(at, took, color="#ef6c00", s=5, linewidths=0)
+    again = [i for i, step in enumerate(history.log) if step.attempts > 1]
+    times.scatter([at[i] for i in again], [took[i] for i in again], color=COLORS["kill"], s=40, marker="D", linewidths=0, zorder=3)
+    for i in again:
+        times.annotate("retried", (at[i], took[i]), xytext=(8, 0), textcoords="offset points", va="center", color=COLORS["kill"])
     times.set_ylabel("step time (ms)")
     times.set_ylim(bottom=0)
     times.set_xlabel("seconds since the peers were let go")
@@ -57,8 +61,7 @@ def plot(history: History, path: Path) -> None:
 
 
 def _title(history: History) -> str:
-    recovery = "" if history.recovery is None else f", going on {1000 * history.recovery:.0f} ms after the kill"
-    return f"{len(history.log)} steps, {history.lost} lost, {history.retried} retried{recovery}"
+    return f"pccl demo: {len(history.log)} steps committed, {history.lost} lost, {history.retried} retried"
 
 
 def _smooth(values: list[float]) -> list[float]:
@@ -75,23 +78,17 @@ def _clean(axes: Any) -> None:
 
 
 def _mark(history: History, panels: tuple[Any, ...]) -> None:
-    """Lines through all panels, and words in the first; the kill and the recovery are too close to each other for two words."""
+    """A line through all panels for each event, and words in the first."""
+    after = "" if history.recovery is None else f"\nothers go on after {1000 * history.recovery:.0f} ms"
+    words = {"kill": f"killed{after}", "join": "joined"}
     for event in history.events:
-        if event.kind not in LABELS:
-            continue
-        for axes in panels:
-            axes.axvline(event.at - history.began, color=COLORS[event.kind], linewidth=1.2, linestyle="--")
-        if event.kind != "recovered":
-            panels[0].annotate(
-                f"{event.text.split()[0]} {LABELS[event.kind]}",
-                (event.at - history.began, 1),
-                xycoords=("data", "axes fraction"),
-                xytext=(5, -4),
-                textcoords="offset points",
-                va="top",
-                color=COLORS[event.kind],
-                fontweight="bold",
-            )
+        if event.kind in words:
+            color, at = COLORS[event.kind], event.at - history.began
+            for axes in panels:
+                axes.axvline(at, color=color, linewidth=1.2, linestyle="--")
+            text = f"{event.text.split()[0]} {words[event.kind]}"
+            place = {"xycoords": ("data", "axes fraction"), "xytext": (6, -4), "textcoords": "offset points", "va": "top"}
+            panels[0].annotate(text, (at, 1), color=color, fontweight="bold", **place)
 
 
 def _steps_on_top(axes: Any, history: History, at: list[float]) -> None:

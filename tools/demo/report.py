@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pccl.tools.demo.driver import Plan
 from pccl.tools.demo.history import History
+from pccl.tools.demo.screen import STYLES
 
 ACCURACY = 0.95
 """What the held-out images have to be read with"""
@@ -39,23 +41,16 @@ class Report:
     def show(self, console: Console) -> None:
         """Print it."""
         history = self._history
-        table = Table(title="peers", title_justify="left", title_style="bold")
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for column in ("peer", "end", "parameters (xxh3-128)"):
-            table.add_column(column)
-        for column in ("accuracy", "steps", "retried", "state received"):
-            table.add_column(column, justify="right")
+            table.add_column(column, no_wrap=True)
+        for column in ("accuracy", "steps", "retried"):
+            table.add_column(column, justify="right", no_wrap=True)
         for peer in history.peers.values():
-            first = f", from step {peer.committed[0]}" if peer.committed and peer.committed[0] > 1 else ""
-            table.add_row(
-                peer.name,
-                peer.state,
-                peer.digest or "-",
-                f"{peer.accuracy:.2%}" if peer.digest else "-",
-                f"{len(peer.committed)}{first}",
-                str(len(peer.retried)),
-                f"{peer.fetched / 1e6:.1f} MB",
-            )
-        console.print(table)
+            steps = f"{peer.committed[0]}-{peer.committed[-1]}" if peer.committed else "-"
+            accuracy = f"{peer.accuracy:.2%}" if peer.digest else "-"
+            table.add_row(peer.name, Text(peer.state, style=STYLES[peer.state]), peer.digest or "-", accuracy, steps, str(len(peer.retried)))
+        console.print("", table, "", highlight=False, sep="\n")
         for check in self.checks:
             console.print(f"{'[green]ok[/]  ' if check.passed else '[bold red]FAILED[/]'}  {check.name}: {check.found}", highlight=False)
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -17,6 +16,7 @@ STYLES = {"starting": "dim", "ready": "dim", "joining": "cyan", "training": "gre
 MARKS = {"kill": ("x", "bold red"), "recovered": ("=", "green"), "join": ("+", "cyan"), "note": (" ", "dim")}
 BARS = "▁▂▃▄▅▆▇█"
 SPARKS = 48
+WIDTH = 72
 
 
 class Screen(ABC):
@@ -87,7 +87,7 @@ def open_screen(console: Console, history: History) -> Screen:
 
 def draw(history: History) -> RenderableType:
     """The whole view."""
-    parts: list[RenderableType] = [_headline(history), ProgressBar(total=history.steps, completed=history.step, width=72), _table(history)]
+    parts: list[RenderableType] = [_headline(history), _bar(history.step / history.steps), _table(history)]
     if len(history.log) > 1:
         parts.append(Text.assemble("loss ", (sparkline([step.loss for step in history.log]), "magenta")))
     for event in history.events:
@@ -104,6 +104,11 @@ def _headline(history: History) -> Text:
         (f"step {history.step} of {history.steps}", "bold"),
         f"   loss {last.loss:.3f}   world size {last.world}   epoch {last.epoch}   {steps:.0f} steps/s   {images:,.0f} images/s",
     )
+
+
+def _bar(part: float) -> Text:
+    full = int(part * WIDTH)
+    return Text.assemble(("━" * full, "green"), ("━" * (WIDTH - full), "dim"))
 
 
 def _table(history: History) -> Table:
