@@ -25,10 +25,14 @@ class MemoryNetwork:
 
     Attributes:
         delay: (source, target) -> seconds that something takes from node to node, or None while it would be lost.
+        piece: -> the most bytes that travel together next.
     """
 
-    def __init__(self, delay: Callable[[str, str], float | None] = lambda source, target: 0.0) -> None:
+    def __init__(
+        self, delay: Callable[[str, str], float | None] = lambda source, target: 0.0, piece: Callable[[], int] = lambda: CAPACITY
+    ) -> None:
         self.delay = delay
+        self.piece = piece
         self._listeners: dict[str, MemoryTransport] = {}
         self._wires: dict[str, list[MemoryWire]] = {}
         self._context = contextvars.Context()
@@ -153,7 +157,11 @@ class MemoryWire(Wire):
             self._acked_at = self._loop.time()
         self._unacked += len(data)
         self._on_way += len(data)
-        self._send(memoryview(data))
+        rest = memoryview(data)
+        while rest:
+            n = self._network.piece()
+            self._send(rest[:n])
+            rest = rest[n:]
         return len(data)
 
     def shutdown(self) -> None:

@@ -58,6 +58,8 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self._clock_resolution = 1e-9
         self._selector = _Selector(self)
         self.set_exception_handler(self._note)
+        self.alarms: list[tuple[int, asyncio.Event]] = []
+        """(number of a callback, event to set before it)"""
         self.errors: list[str] = []
         """What callbacks raised"""
 
@@ -96,6 +98,8 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     def _run_in_node(self, callback: Any, args: tuple[Any, ...], context: contextvars.Context) -> None:
         self.steps += 1
+        if self.alarms and self.alarms[0][0] <= self.steps:
+            self.alarms.pop(0)[1].set()
         node = NODE.get()
         if node is not None and node.dead:
             return

@@ -39,6 +39,7 @@ MADE: contextvars.ContextVar[list[Operation]] = contextvars.ContextVar("made")
 """Operations that the present job has made: their ids tell which calls of different members are the same"""
 
 
+SIZES = (1, 5, 50, 50, 9000, 9000, 150000)
 KINDS = ("plain", "retry", "out", "round", "tagged", "gather", "loose", "broadcast", "neighbours", "sub")
 
 
@@ -111,6 +112,12 @@ class Plan:
     """Chance that a member makes another call than the others"""
     late: float = 0.0
     """Chance that a member takes its time"""
+    update_last: bool = False
+    """Where in the text the update stands"""
+    wait_for: int = 0
+    """Update until there are so many members, before the loop begins"""
+    may_evict: bool = True
+    """Whether a fault of the run may cost a living member its membership"""
 
 
 def contribution(uid: int, step: int, k: int, size: int) -> npt.NDArray[np.float32]:
@@ -144,7 +151,18 @@ class Trainer:
         self.own = random.Random(f"{self.seed} {name}")
         self.step = 0
         self.weights = np.zeros(50, np.float32)
-        while self.step < self.plan.steps and not self.leaves:
+        self.synced = False
+        if older:  # a newcomer with a state of its own, which must not count
+            self.step, self.weights[:] = 1000, 7
+        for _ in range(1000):
+            if comm.world_size >= self.plan.wait_for:
+                break
+            await self.timed(comm.update())
+        else:
+            if len(world.alive()) >= self.plan.wait_for:
+                raise Violation(f"P3: {name} has updated a thousand times and still waits for members")
+            return
+        while (self.step < self.plan.steps or not self.synced) and not self.leaves:
             try:
                 await self.iteration()
             except CollectiveAborted:
@@ -159,23 +177,28 @@ class Trainer:
                     raise Violation(f"P4: {name}: {e}, although all run one text") from e
             except (Evicted, StateConflict, TooFewPeers) as e:
                 self.book.counts[type(e).__name__] += 1
+                if isinstance(e, Evicted) and not self.plan.may_evict:
+                    raise Violation(f"P3: {name}: {e}, although no fault of this run costs a membership") from e
                 return
         if not self.leaves:
             self.book.final[name] = self.book.founded[name], self.weights.tobytes()
 
     async def iteration(self) -> None:
         comm, book = self.comm, self.book
-        await self.timed(comm.update())
+        if not self.plan.update_last:
+            await self.timed(comm.update())
         if self.plan.sync:
-            info = await self.timed(comm.sync_state({"weights": self.weights, "step": self.step}, revision=self.step))
-            if self.step and info.state["step"] != self.step and info.attempts == 1 and not info.bytes_received:
-                raise Violation(f"P2: {self.name} went from step {self.step} to {info.state['step']} without receiving anything")
+            strategy = "elect" if self.synced or self.step < 1000 else "receive"
+            info = await self.timed(comm.sync_state({"weights": self.weights, "step": self.step}, revision=self.step, strategy=strategy))
+            if self.synced and (info.state["step"] != self.step or info.bytes_received):
+                raise Violation(f"P2: {self.name}, a member of the last sync, was taken from step {self.step} to {info.state['step']}")
+            self.synced = True
             self.step = info.state["step"]
             book.digests[book.founded[self.name], info.revision][self.name] = info.digest
         step = self.step
         # the text of a step: the same on all members, since they have the same step
         text = random.Random(f"{self.seed} step {step}")
-        jobs = [(k, text.choice(KINDS), text.choice((1, 5, 50, 9000))) for k in range(self.plan.calls)]
+        jobs = [(k, text.choice(KINDS), text.choice(SIZES)) for k in range(self.plan.calls)]
         if self.own.random() < self.plan.late:
             await asyncio.sleep(self.own.random() * 0.5)
         if text.random() < 0.5:
@@ -195,6 +218,8 @@ class Trainer:
             self.weights[:] = self.weights * np.float32(0.5) + sums[k]
         self.step += 1
         book.counts["steps"] += 1
+        if self.plan.update_last:
+            await self.timed(comm.update())
 
     def shuffled(self, jobs: list[tuple[int, str, int]]) -> list[tuple[int, str, int]]:
         """Tagged calls may be made in any order; untagged ones keep theirs."""
@@ -209,6 +234,7 @@ class Trainer:
         before = x.copy()
         made: list[Operation] = []
         MADE.set(made)
+        members = comm.view.members
         retry = kind in ("retry", "round", "tagged")
         out: Any = None
         coroutine: Any
@@ -252,6 +278,8 @@ class Trainer:
             value = out
             combine = np.sum if op == "sum" else np.max
             expected = combine([contribution(m.uid, step, k, size) for m in info.members], axis=0).astype(np.float32)
+        if not retry and info.members != members and info.members != comm.view.members:
+            raise Violation(f"P5: {self.name}: {made[0].description} ran with other members than its caller knew, and said nothing")
         self.committed(made[0], "", info, value, expected)
         return k, 0.0 if kind == "loose" else float(value.sum() % 1000)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pccl.core.errors import ConnectError, PcclError
 from tests.sim.loop import VirtualLoop
 from tests.sim.program import Book, Plan, Trainer, Violation
-from tests.sim.world import Weather, World
+from tests.sim.world import MASTER, Weather, World
 
 LIMIT = 400.0
 """Virtual seconds in which a run has to end; faults end after a fraction of that."""
@@ -34,14 +34,19 @@ def scenario(seed: int) -> tuple[Plan, Weather, list[str], int]:
     """What a seed stands for: a plan, a network, the kinds of faults, and how many peers begin."""
     r = random.Random(f"scenario {seed}")
     plan = Plan(steps=r.choice((3, 5, 8)), calls=r.choice((1, 2, 4)), sync=True, late=r.choice((0.0, 0.3)))
-    kinds = ["kill", "join", "freeze", "hold", "cut", "cut one way", "slow", "reset", "crash", "master", "leave"]
-    chosen = r.sample(kinds, r.choice((0, 1, 1, 2, 2, 3, 5)))
-    if r.random() < 0.25:
-        plan.cancel = 0.05
+    kinds = ["kill", "kill", "join", "join", "master", "master", "leave", "freeze", "hold", "cut", "cut one way", "slow", "reset", "crash"]
+    chosen = sorted(set(r.sample(kinds, r.choice((0, 1, 2, 2, 3, 3, 5)))))
+    peers = r.choice((2, 3, 3, 4, 5))
+    plan.update_last = r.random() < 0.2
+    if r.random() < 0.4:
+        plan.cancel = r.choice((0.05, 0.3))
     if r.random() < 0.1:
         plan.disagree = 0.03
+    if set(chosen) <= {"join"} and not plan.cancel and not plan.disagree and r.random() < 0.5:
+        plan.wait_for = peers  # newcomers do not wait, so nobody may be lost
+    plan.may_evict = bool(set(chosen) & {"freeze", "crash", "cut", "cut one way", "master"})
     weather = Weather(latency=r.choice((0.0001, 0.0005, 0.02)), jitter=r.choice((0.0, 0.002, 0.05)))
-    return plan, weather, chosen, r.choice((2, 3, 3, 4, 5))
+    return plan, weather, chosen, peers
 
 
 class Run:
@@ -113,8 +118,8 @@ class Run:
     async def faults(self) -> None:
         """A few faults at random times, each of a kind that the scenario has; what can heal, heals in the end."""
         world, r = self.world, self.random
-        for _ in range(r.choice((1, 2, 4)) if self.kinds else 0):
-            await asyncio.sleep(r.expovariate(1 / r.choice((0.01, 0.1, 1.0))))
+        for _ in range(r.choice((1, 2, 3, 5)) if self.kinds else 0):
+            await self.a_while()
             kind = r.choice(self.kinds)
             alive = [n for n in world.alive() if not world.nodes[n].paused]
             note = await self.strike(kind, alive)
@@ -129,6 +134,19 @@ class Run:
             if world.nodes[name].paused:
                 world.thaw(name)
 
+    async def a_while(self) -> None:
+        """Some time, or some number of callbacks: that hits the busy moments, which are short."""
+        loop, r = self.world.loop, self.random
+        if r.random() < 0.3:
+            await asyncio.sleep(r.expovariate(1 / r.choice((0.01, 0.1, 1.0))))
+            return
+        due = asyncio.Event()
+        loop.alarms.append((loop.steps + r.randrange(1, r.choice((20, 200, 1500))), due))
+        try:
+            await asyncio.wait_for(due.wait(), 3.0)
+        except TimeoutError:
+            pass
+
     async def strike(self, kind: str, alive: list[str]) -> str:
         world, r, loop = self.world, self.random, self.world.loop
         one = r.choice(alive) if alive else ""
@@ -136,10 +154,14 @@ class Run:
         if kind == "join":
             return f"{self.start()} joins"
         if kind == "master":
-            world.kill_master()
+            deaf = [n for n in world.alive() if r.random() < 0.5]
+            for name in deaf:  # a little before, so that something is on its way
+                world.control.cut(name, MASTER)
+            await asyncio.sleep(r.choice((0.0, 0.001, 0.02)))
+            world.kill_master(deaf=deaf)
             await asyncio.sleep(r.choice((0.0, 0.1, 1.0)))
             await world.start_master(recover=True)
-            return "the master is lost and comes back"
+            return f"the master is lost and comes back; {deaf} did not hear its last words"
         if not one:
             return ""
         if kind in ("kill", "crash"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import hashlib
 import random
 from collections.abc import Awaitable, Callable
@@ -45,7 +46,7 @@ class World:
         """(source, target) pairs between which data streams stand still"""
         self.slow: dict[tuple[str, str], float] = {}
         self.trace = hashlib.sha256()
-        self.links = MemoryNetwork(self._delay)
+        self.links = MemoryNetwork(self._delay, lambda: self.random.choice((100, 5000, 30000, 300000)))
         self.control = MemoryControl(
             self._control_delay, heartbeat_timeout=self.options.heartbeat_timeout, heartbeat_interval=self.options.heartbeat_interval
         )
@@ -82,8 +83,11 @@ class World:
         await self.loop.create_task(shell.start(), context=node.context)
         self.master = shell
 
-    def kill_master(self) -> None:
-        """The master's process dies."""
+    def kill_master(self, *, deaf: list[str] | None = None) -> None:
+        """The master's process dies. What is on its way to or from these peers is lost."""
+        for name in deaf or ():
+            self.control.cut(name, MASTER)
+            self.loop.call_later(0.5, self.control.mend, name, MASTER, context=contextvars.Context())
         self.nodes[f"master {self._lives}"].dead = True
         self.control.kill(MASTER)
         self.master = None

@@ -44,7 +44,7 @@ class Digits:
 
 def load() -> Digits:
     """Read the images (28 x 28 pixels)."""
-    images = _read("t10k-images-idx3-ubyte.gz", header=16).reshape(-1, PIXELS).astype(np.float32) / 255
+    images = _read("t10k-images-idx3-ubyte.gz", header=16).reshape(-1, PIXELS).astype(np.float32) / np.float32(255)
     labels = _read("t10k-labels-idx1-ubyte.gz", header=8)
     return Digits(images[:TRAINING], labels[:TRAINING], images[TRAINING:], labels[TRAINING:])
 

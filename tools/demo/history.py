@@ -143,7 +143,9 @@ class History:
     def _step(self, peer: Peer, message: Mapping[str, Any]) -> None:
         step, at = message["step"], message["at"]
         if not peer.committed and self.killed_at is not None:
-            self.note(at, "join", f"{peer.name} makes its first step, {step}, with {message['fetched'] / 1e6:.1f} MB of state from the others")
+            self.note(
+                at, "join", f"{peer.name} makes its first step, {step}, with {message['fetched'] / 1e6:.1f} MB of state from the others"
+            )
         peer.rank, peer.world, peer.epoch = message["rank"], message["world"], message["epoch"]
         peer.step, peer.loss = step, message["loss"]
         peer.fetched += message["fetched"]

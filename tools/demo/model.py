@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,7 @@ class Classifier:
         rng = np.random.default_rng(seed)
         self.parameters: list[Tensor] = []
         """Weights and bias of each layer in turn"""
-        for inputs, outputs in zip(LAYERS, LAYERS[1:], strict=False):
+        for inputs, outputs in pairwise(LAYERS):
             self.parameters.append(rng.standard_normal((inputs, outputs), np.float32) * np.float32((2 / inputs) ** 0.5))
             self.parameters.append(np.zeros(outputs, np.float32))
         self.momenta = [np.zeros_like(p) for p in self.parameters]
@@ -68,7 +69,7 @@ class Classifier:
         """xxh3-128 of all parameters."""
         digest = xxhash.xxh3_128()
         for parameter in self.parameters:
-            digest.update(np.ascontiguousarray(parameter))
+            digest.update(np.ascontiguousarray(parameter).data)
         return digest.hexdigest()
 
     def _forward(self, images: Images) -> list[Tensor]:

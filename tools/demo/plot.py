@@ -38,7 +38,7 @@ def plot(history: History, path: Path) -> None:
     world.step(at, [step.world for step in history.log], where="post", color="#00695c", linewidth=2)
     highest = max(step.world for step in history.log)
     world.set_ylim(0, highest + 1)
-    world.set_yticks(range(highest + 1))
+    world.locator_params(axis="y", integer=True)
     world.set_ylabel("world size")
 
     took = [1000 * step.seconds for step in history.log]
@@ -94,7 +94,7 @@ def _mark(history: History, panels: tuple[Any, ...]) -> None:
 def _steps_on_top(axes: Any, history: History, at: list[float]) -> None:
     """A second scale, in steps."""
     top = axes.secondary_xaxis("top")
-    marked = [i for i in range(0, len(at), max(1, len(at) // 10))]
+    marked = range(0, len(at), max(1, len(at) // 10))
     top.set_xticks([at[i] for i in marked], [str(history.log[i].step) for i in marked])
     top.set_xlabel("step", color=INK)
     top.tick_params(colors=INK)

@@ -49,7 +49,9 @@ class Report:
         for peer in history.peers.values():
             steps = f"{peer.committed[0]}-{peer.committed[-1]}" if peer.committed else "-"
             accuracy = f"{peer.accuracy:.2%}" if peer.digest else "-"
-            table.add_row(peer.name, Text(peer.state, style=STYLES[peer.state]), peer.digest or "-", accuracy, steps, str(len(peer.retried)))
+            table.add_row(
+                peer.name, Text(peer.state, style=STYLES[peer.state]), peer.digest or "-", accuracy, steps, str(len(peer.retried))
+            )
         console.print("", table, "", highlight=False, sep="\n")
         for check in self.checks:
             console.print(f"{'[green]ok[/]  ' if check.passed else '[bold red]FAILED[/]'}  {check.name}: {check.found}", highlight=False)

@@ -6,6 +6,7 @@ and call. So anybody can say what anybody gave, and every sum is exact, whatever
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +23,8 @@ DTYPES = ("float32", "float32", "float64", "float16", "int32", "int64", "uint8")
 LARGEST = 99
 """Of the table's numbers. A sum over MOST members is exact even in float16."""
 WINDOWS = 8191
+DIVISIBLE = math.lcm(*range(1, MOST + 1))
+"""By every world size."""
 
 _UFUNCS = {"sum": np.add, "avg": np.add, "min": np.minimum, "max": np.maximum}
 
@@ -36,7 +39,7 @@ class Oracle:
     def __init__(self, seed: int, elements: int) -> None:
         assert LARGEST * MOST < 1 << 11
         self._seed = seed
-        table = np.random.default_rng(seed).integers(-LARGEST, LARGEST + 1, elements + WINDOWS)
+        table = np.random.default_rng(seed).integers(-LARGEST, LARGEST + 1, max(elements, DIVISIBLE) + WINDOWS)
         self._tables = {name: table.astype(name) for name in sorted(set(DTYPES))}
         for each in self._tables.values():
             each.flags.writeable = False

@@ -87,7 +87,9 @@ class Event(NamedTuple):
     def __str__(self) -> str:
         who = "the master" if self.kind == "master" else f"w{self.target}"
         for_ = f" for {self.seconds:.2f} s" if self.seconds else ""
-        return f"{self.at:7.2f} s  {self.kind if self.kind != 'master' else 'kill'} {who}{for_}{f', aimed at {self.aim}' if self.aim else ''}"
+        return (
+            f"{self.at:7.2f} s  {self.kind if self.kind != 'master' else 'kill'} {who}{for_}{f', aimed at {self.aim}' if self.aim else ''}"
+        )
 
 
 def draw_events(config: Config) -> list[Event]:

@@ -6,12 +6,10 @@ import math
 import random
 from typing import NamedTuple
 
-from pccl.tools.stress.oracle import DTYPES
+from pccl.tools.stress.oracle import DIVISIBLE, DTYPES
 
 ROUND = 8
 """Tensors in a round."""
-DIVISIBLE = math.lcm(*range(1, 11))
-"""By every world size."""
 KINDS = {
     "all_reduce": 6,
     "round": 2,
@@ -33,7 +31,7 @@ class Call(NamedTuple):
     kind: str
     dtype: str
     op: str
-    count: int
+    size: int
     """Elements that a member gives; in a round, of its largest tensor."""
     retry: bool
     out: bool
@@ -47,9 +45,9 @@ class Call(NamedTuple):
         return f"tag-{self.number}" if self.kind == "tagged" else None
 
     @property
-    def counts(self) -> list[int]:
+    def sizes(self) -> list[int]:
         """Elements of each tensor."""
-        return [max(1, self.count >> i) for i in range(ROUND)] if self.kind == "round" else [self.count]
+        return [max(1, self.size >> i) for i in range(ROUND)] if self.kind == "round" else [self.size]
 
     def tensor(self, i: int) -> int:
         """The number of a tensor of the round."""
@@ -77,13 +75,12 @@ def _draw(rng: random.Random, number: int, elements: int) -> Call:
 
 
 def launch_order(calls: list[Call], own: random.Random) -> list[Call]:
-    """The calls as one member launches them: those of the program text in its order, tagged and pairwise ones wherever it likes."""
-    ordered = [call for call in calls if not _is_free(call)]
-    for call in calls:
-        if _is_free(call):
-            ordered.insert(own.randint(0, len(ordered)), call)
-    return ordered
+    """The calls as one member launches them: those of the program text in their order, tagged and pairwise ones wherever it likes.
 
-
-def _is_free(call: Call) -> bool:
-    return call.kind in ("tagged", "ring")
+    The n-th send to a member meets its n-th receive, so pairwise calls keep their order among themselves.
+    """
+    lanes = [[c for c in calls if c.kind == "ring"], [c for c in calls if c.kind not in ("ring", "tagged")]]
+    lanes += [[c] for c in calls if c.kind == "tagged"]
+    turns = [lane for lane, members in enumerate(lanes) for _ in members]
+    own.shuffle(turns)
+    return [lanes[lane].pop(0) for lane in turns]

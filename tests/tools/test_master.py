@@ -1,0 +1,96 @@
+"""`pccl master`."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+import pccl
+from pccl.tools.cli import UNREACHABLE, USAGE
+from pccl.tools.master import invitation
+from tests.tools.test_cli import run
+
+pytestmark = pytest.mark.process
+
+
+@asynccontextmanager
+async def master(*options: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
+    """A master as a process, and the address that it prints."""
+    command = [sys.executable, "-m", "pccl.tools", "master", "--listen", "127.0.0.1:0", *options]
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE)
+    try:
+        assert process.stdout
+        line = (await process.stdout.readline()).decode()
+        yield process, line.removeprefix("export PCCL_MASTER=").strip().strip("'")
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+async def test_serves_until_a_signal(number: signal.Signals, code: int) -> None:
+    async with master("--heartbeat-interval", "0.1", "--heartbeat-timeout", "0.5") as (process, address):
+        async with pccl.connect(address) as comm:
+            assert comm.world_size == 1
+        process.send_signal(number)
+        _, log = await process.communicate()
+        assert process.returncode == code
+    assert b"leaves" in log
+    assert b"Traceback" not in log
+
+
+async def test_key_and_list(tmp_path: Path) -> None:
+    key, peer, allowed = (str(tmp_path / name) for name in ("master.key", "peer.key", "allowed"))
+    assert run("keys", "new", key) == run("keys", "new", peer) == 0
+    public = pccl_public(peer)
+    assert run("keys", "allow", allowed, public) == 0
+    async with master("--key", key, "--allow", allowed, "--heartbeat-interval", "0.1", "--heartbeat-timeout", "0.5") as (_, address):
+        assert pccl_public(key) in address
+        async with pccl.connect(address, key=peer) as comm:
+            assert comm.world_size == 1
+        with pytest.raises(pccl.AuthenticationError):
+            await pccl.connect(address, key=key, connect_timeout=10)
+
+
+def pccl_public(path: str) -> str:
+    from pccl.core.address import key_text
+    from pccl.transports.keys import load_keypair
+
+    return key_text(load_keypair(path).public)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--listen", "0.0.0.0:0"], UNREACHABLE, "--insecure"),
+        (["--listen", "nonsense:port"], USAGE, "not an address"),
+        (["--key", "no-such-file"], USAGE, "cannot be read"),
+        (["--allow", "no-such-file"], USAGE, "without a key"),
+        (["--heartbeat-timeout", "-1"], USAGE, "heartbeat_timeout"),
+        (["--log", "loud"], USAGE, "loud"),
+    ],
+)
+def test_errors(arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("master", *arguments) == code
+    assert message in capsys.readouterr().err
+
+
+def test_port_in_use(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert run("master", "--listen", f"127.0.0.1:{port}") == UNREACHABLE
+    assert f"port {port} is in use" in capsys.readouterr().err
+
+
+def test_invitation_survives_a_shell() -> None:
+    assert invitation("host:1").splitlines()[0] == "export PCCL_MASTER=host:1"
+    lines = invitation("pccl://host:1?key=abc", needs_key=True).splitlines()
+    assert lines == ["export PCCL_MASTER='pccl://host:1?key=abc'", '# in Python: pccl.connect("pccl://host:1?key=abc", key="FILE")']

@@ -1,0 +1,210 @@
+"""The calls of one step at one member: made, awaited, and checked against the oracle."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import numpy as np
+import xxhash
+
+import pccl
+from pccl.tools.stress.oracle import Array, Oracle, difference
+from pccl.tools.stress.program import Call, launch_order
+
+
+class Made:
+    """A call that this member makes: its buffers, and what came of it.
+
+    Args:
+        view: the membership when it is made.
+    """
+
+    def __init__(self, call: Call, oracle: Oracle, view: pccl.View, step: int) -> None:
+        self.call = call
+        self.outcome = "?"
+        """C committed, A aborted, E evicted, X an error that should not be"""
+        self.error: BaseException | None = None
+        self.problems: list[str] = []
+        """What is wrong"""
+        self.checked = 0
+        """Results that were compared with the oracle"""
+        self.restored = 0
+        """Inputs that were compared with what was given, after an abort"""
+        self.retried = 0
+        """Attempts beyond the first"""
+        self.pairs: dict[str, bool] = {}
+        """source>target of a call between two -> whether it was committed here"""
+        self.digest = 0
+        """Of the result, where all members have the same"""
+        self.uids: tuple[int, ...] = ()
+        """Who took part"""
+        self._oracle = oracle
+        self._step = step
+        self._members = [m.uid for m in view.members]
+        self._me = self._members[view.rank]
+        self._infos: list[pccl.Info] = []
+        self._root = self._members[call.root % len(self._members)]
+        self._next = self._members[(view.rank + 1) % len(self._members)]
+        self._previous = self._members[view.rank - 1]
+        self._given = [self._input(self._me, i) for i in range(len(call.sizes))]
+        self._x = [x.copy() for x in self._given]
+        self._out = [np.zeros_like(x) for x in self._x] if call.out or call.kind in ("ring", "broadcast") else self._x
+        if call.kind == "broadcast" and self._me == self._root:
+            self._out = self._x
+
+    # --- making it --------------------------------------------------------------------------------------------------
+
+    async def run(self, comm: pccl.Communicator) -> None:
+        """Make the call, and wait for its end."""
+        make: Callable[[pccl.Communicator], Coroutine[Any, Any, None]] = getattr(self, f"_make_{self.call.kind}")
+        try:
+            await make(comm)
+            self.outcome = "C"
+        except pccl.CollectiveAborted as e:
+            self.outcome, self.error = "A", e
+        except (pccl.Evicted, pccl.StateConflict) as e:
+            self.outcome, self.error = "E", e
+        except Exception as e:
+            self.outcome, self.error = "X", e
+
+    async def _make_all_reduce(self, comm: pccl.Communicator) -> None:
+        call, out = self.call, self._out[0] if self.call.out else None
+        self._infos = [await comm.all_reduce(self._x[0], call.op, out=out, retry=call.retry, tag=call.tag)]
+
+    _make_tagged = _make_all_reduce
+
+    async def _make_round(self, comm: pccl.Communicator) -> None:
+        async with comm.round(retry=self.call.retry) as r:
+            pending = [r.all_reduce(x, self.call.op, out=out if self.call.out else None) for x, out in zip(self._x, self._out, strict=True)]
+        self._infos = [p.info for p in pending]
+
+    async def _make_broadcast(self, comm: pccl.Communicator) -> None:
+        self._infos = [await comm.broadcast(self._out[0], self._members.index(self._root), retry=self.call.retry)]
+
+    async def _make_all_gather(self, comm: pccl.Communicator) -> None:
+        self._infos = [await comm.all_gather(self._x[0], retry=self.call.retry)]
+
+    async def _make_reduce_scatter(self, comm: pccl.Communicator) -> None:
+        self._infos = [await comm.reduce_scatter(self._x[0], self.call.op, retry=self.call.retry)]
+
+    async def _make_barrier(self, comm: pccl.Communicator) -> None:
+        self._infos = [await comm.barrier(retry=self.call.retry)]
+
+    async def _make_ring(self, comm: pccl.Communicator) -> None:
+        """To the next, and from the one before."""
+        if len(self._members) == 1:
+            return
+        rank = {uid: r for r, uid in enumerate(self._members)}
+        both = await asyncio.gather(
+            comm.send(self._x[0], rank[self._next], retry=self.call.retry),
+            comm.recv(self._out[0], rank[self._previous], retry=self.call.retry),
+            return_exceptions=True,
+        )
+        names = f"{self._me}>{self._next}", f"{self._previous}>{self._me}"
+        for name, result in zip(names, both, strict=True):
+            if isinstance(result, pccl.Info):
+                self.pairs[name] = True
+                self._infos.append(result)
+            elif isinstance(result, pccl.CollectiveAborted):
+                self.pairs[name] = False
+            else:
+                raise result
+
+    # --- checking it ------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Compare every buffer that is defined with what it has to be."""
+        call = self.call
+        if self.outcome == "X":
+            self.problems.append(f"{call}: {self.error!r}")
+        elif self.outcome == "A" and call.retry and call.kind != "broadcast":
+            self.problems.append(f"{call} was given up although it may be retried: {self.error}")
+        self.retried = sum(info.attempts - 1 for info in self._infos[:1])
+        if call.kind == "ring":
+            self._check_ring()
+        elif self.outcome == "C":
+            self._check_result()
+        elif call.kind != "broadcast" or self._me == self._root:
+            self._check_inputs()
+        if self.outcome == "C" and (call.out or call.kind in ("all_gather", "reduce_scatter")):
+            self._check_inputs()
+
+    def _check_inputs(self) -> None:
+        for i, (x, given) in enumerate(zip(self._x, self._given, strict=True)):
+            self.restored += self.outcome != "C"
+            self._compare(f"input {i} of {self.call} after outcome {self.outcome}", x, given)
+
+    def _check_result(self) -> None:
+        call, uids = self.call, tuple(m.uid for m in self._infos[0].members)
+        self.uids = uids
+        if any(tuple(m.uid for m in info.members) != uids for info in self._infos):
+            self.problems.append(f"{call}: its tensors were reduced over different members")
+        if self._me not in uids or not set(uids) <= set(self._members):
+            self.problems.append(f"{call}: members {uids} took part, made by {self._me} when they were {self._members}")
+            return
+        hasher = xxhash.xxh3_64()
+        for i, (result, expected) in enumerate(self._results(uids)):
+            self.checked += 1
+            self._compare(f"result {i} of {call} over {uids}", result, expected)
+            hasher.update(np.ascontiguousarray(result).data)
+        self.digest = 0 if call.kind == "reduce_scatter" else hasher.intdigest()
+
+    def _results(self, uids: tuple[int, ...]) -> list[tuple[Array, Array]]:
+        """What there is, and what there should be."""
+        call = self.call
+        if call.kind == "barrier":
+            return []
+        if call.kind == "broadcast":
+            return [(self._out[0], self._input(self._root))]
+        if call.kind == "all_gather":
+            return [(self._infos[0].out, self._oracle.gathered(uids, self._step, call.number, call.dtype, call.size))]
+        expected = [self._oracle.reduced(call.op, uids, self._step, call.tensor(i), call.dtype, size) for i, size in enumerate(call.sizes)]
+        if call.kind == "reduce_scatter":
+            part = call.size // len(uids)
+            start = uids.index(self._me) * part
+            return [(self._infos[0].out, expected[0][start : start + part])]
+        return list(zip(self._out, expected, strict=True))
+
+    def _check_ring(self) -> None:
+        self._check_inputs()
+        if self.pairs.get(f"{self._previous}>{self._me}"):
+            self.checked += 1
+            self._compare(f"what {self._me} received from {self._previous} in {self.call}", self._out[0], self._input(self._previous))
+
+    def _compare(self, what: str, found: Array, expected: Array) -> None:
+        wrong = difference(what, found, expected)
+        if wrong:
+            self.problems.append(wrong)
+
+    def _input(self, uid: int, i: int = 0) -> Array:
+        call = self.call
+        return self._oracle.given(uid, self._step, call.tensor(i), call.dtype, call.sizes[i])
+
+    # --- what the others must have, too -----------------------------------------------------------------------------
+
+    @property
+    def fingerprint(self) -> str:
+        """How the call ended, as all members have to see it; of pairwise calls, they need not see the same."""
+        if self.call.kind == "ring":
+            return "-"
+        return f"C{self.uids}{self.digest:x}" if self.outcome == "C" else self.outcome
+
+    def spoil(self, what: str) -> None:
+        """For tests of these checks: a wrong bit in a buffer."""
+        buffers = self._x if what == "input" else [self._out[0]]
+        bits = buffers[0].view(np.uint8)
+        bits[-1] ^= 1
+
+
+async def make_all(comm: pccl.Communicator, calls: list[Call], oracle: Oracle, step: int, own: random.Random) -> list[Made]:
+    """Make the calls of a step, all at once, and wait until every one has ended.
+
+    Args:
+        own: this member's chance, for what may come in any order.
+    """
+    made = [Made(call, oracle, comm.view, step) for call in launch_order(calls, own)]
+    await asyncio.gather(*[asyncio.create_task(each.run(comm)) for each in made])
+    return sorted(made, key=lambda each: each.call.number)
