@@ -263,7 +263,7 @@ def test_demo_whose_worker_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.process
 @pytest.mark.parametrize("how", ["stdin ends", "cancelled"])
 async def test_worker_ends_with_its_driver(how: str) -> None:
-    arguments = ["127.0.0.1:1", "peer-0", "--steps=10", "--batch=250", "--seed=1", "--min-world-size=1"]
+    arguments = ["127.0.0.1:1", "peer-0", "--steps=10", "--batch=250", "--seed=1", "--min-world-size=1", "--strike=3"]
     worker = await WorkerProcess.start("peer-0", arguments, lambda name, message: None)
     attending = asyncio.create_task(worker.attend())
     await worker.hears("ready")

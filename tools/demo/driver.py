@@ -71,7 +71,7 @@ class Driver:
         workers = []
         for i in range(plan.peers):
             pauses = [plan.kill_step, plan.join_step] if i == plan.witness else []
-            workers.append(await self._start(f"peer-{i}", address, tasks, pauses, plan.kill_step if i == plan.victim else None))
+            workers.append(await self._start(f"peer-{i}", address, tasks, pauses))
         victim, witness = workers[plan.victim], workers[plan.witness]
         for worker in workers:
             await worker.hears("ready")
@@ -79,28 +79,27 @@ class Driver:
         for worker in workers:
             worker.go_on()
 
-        # The victim has called all_reduce, and the call cannot end, since the witness has not called it: so the victim is inside.
+        # The victim is inside: it has called all_reduce and, in a barrier after that, has heard from all the others, so its call is
+        # under way; and the call cannot end, since the witness has not called it.
         await witness.hears("paused")
-        await victim.hears("entered")
-        victim.kill()
+        await victim.hears("inside")
         history.killed(victim.name, plan.kill_step, time.monotonic())
+        victim.kill()
         witness.go_on()
 
-        newcomer = await self._start(f"peer-{plan.peers}", address, tasks, [], None)
+        newcomer = await self._start(f"peer-{plan.peers}", address, tasks, [])
         await newcomer.hears("ready")
         await witness.hears("paused")
         history.note(time.monotonic(), "note", f"{newcomer.name} is sent to join")
         newcomer.go_on()
         witness.go_on()
 
-    async def _start(self, name: str, address: str, tasks: asyncio.TaskGroup, pauses: list[int], announce: int | None) -> WorkerProcess:
+    async def _start(self, name: str, address: str, tasks: asyncio.TaskGroup, pauses: list[int]) -> WorkerProcess:
         plan = self._plan
-        options = {"steps": plan.steps, "batch": BATCH, "seed": plan.seed, "min-world-size": plan.peers - 1}
+        options = {"steps": plan.steps, "batch": BATCH, "seed": plan.seed, "min-world-size": plan.peers - 1, "strike": plan.kill_step}
         arguments = [address, name, *(f"--{option}={value}" for option, value in options.items())]
         if pauses:
             arguments += ["--pause", *map(str, pauses)]
-        if announce is not None:
-            arguments += ["--announce", str(announce)]
         worker = await WorkerProcess.start(name, arguments, self._heard)
         tasks.create_task(worker.attend())
         self._history.started(name, worker.pid)

@@ -35,9 +35,9 @@ def train(comm: pccl.sync.Communicator, model: Classifier, digits: Digits, drive
         images, labels = digits.shard(step, options.batch, comm.rank, comm.world_size, seed=options.seed)
         gradients, loss = model.gradients(images, labels)
         total = np.array([loss, len(labels)], np.float32)
-        driver.before_reduce(step)
+        driver.before_reduce(comm, step)
         work = comm.all_reduce([*gradients, total], retry=True, async_op=True)
-        driver.in_reduce(step)
+        driver.in_reduce(comm, step)
         info: pccl.Info = work.wait()
         # Sums over images divided by their number, not averages of averages: shares may be uneven, and one is missing after a loss.
         model.learn([gradient / total[1] for gradient in gradients], step / options.steps)
@@ -62,13 +62,13 @@ class Driver:
     """The process that has started this one.
 
     Args:
+        strike: the step in whose all-reduce the driver kills a peer.
         pause: steps before whose all-reduce this worker waits for a word.
-        announce: a step in whose all-reduce this worker says that it is inside.
     """
 
-    def __init__(self, pause: list[int], announce: int | None) -> None:
+    def __init__(self, strike: int, pause: list[int]) -> None:
+        self._strike = strike
         self._pause = set(pause)
-        self._announce = announce
         self._words: queue.SimpleQueue[str] = queue.SimpleQueue()
         threading.Thread(target=self._listen, name="driver", daemon=True).start()
 
@@ -81,16 +81,19 @@ class Driver:
         """Wait for a word."""
         self._words.get()
 
-    def before_reduce(self, step: int) -> None:
+    def before_reduce(self, comm: pccl.sync.Communicator, step: int) -> None:
         """The worker is about to call."""
         if step in self._pause:
+            if step == self._strike:
+                comm.barrier(tag="strike")
             self.tell("paused", step=step)
             self.wait()
 
-    def in_reduce(self, step: int) -> None:
-        """The worker has called."""
-        if step == self._announce:
-            self.tell("entered", step=step)
+    def in_reduce(self, comm: pccl.sync.Communicator, step: int) -> None:
+        """The worker has called. When a barrier after that has ended, the all-reduce is under way on all who do not pause."""
+        if step == self._strike and step not in self._pause:
+            comm.barrier(tag="strike")
+            self.tell("inside", step=step)
 
     def _listen(self) -> None:
         for word in _words(0):
@@ -115,11 +118,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, required=True)
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--min-world-size", type=int, required=True)
+    parser.add_argument("--strike", type=int, required=True)
     parser.add_argument("--pause", type=int, nargs="*", default=[])
-    parser.add_argument("--announce", type=int)
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format=f"{options.name} %(levelname)s %(name)s: %(message)s")
-    driver = Driver(options.pause, options.announce)
+    driver = Driver(options.strike, options.pause)
     digits, model, connect = load(), Classifier(options.seed), pccl.sync.connect
     driver.tell("ready")
     driver.wait()
