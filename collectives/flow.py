@@ -275,7 +275,11 @@ class Flow:
         key = CallKey(header.epoch, header.call, header.sub)
         transfer = self._host.transfer(key)
         if transfer:
-            return self._receive(transfer, header)
+            stream = self._stream(transfer, header)
+            if stream is None:
+                return None
+            self._incoming = (transfer, stream)
+            return stream.place()
         if self._host.is_over(key):
             return None
         if self._early_bytes + header.length + FRAME_OVERHEAD > UNCREDITED_PER_PEER:
@@ -285,13 +289,10 @@ class Flow:
         self._incoming = bytearray(header.length)
         return memoryview(self._incoming)
 
-    def _receive(self, transfer: Moving, header: Header) -> memoryview | None:
+    def _stream(self, transfer: Moving, header: Header) -> Incoming | None:
+        """Which stream of a running transfer a frame belongs to; it says that the peer's call is running, too."""
         self._return_share(transfer.key)
-        stream = transfer.in_stream(self, header)
-        if stream is None:
-            return None
-        self._incoming = (transfer, stream)
-        return stream.place()
+        return transfer.in_stream(self, header)
 
     def frame_ended(self, link: Link, header: Header, good: bool) -> None:
         """A frame is complete."""
@@ -334,12 +335,11 @@ class Flow:
                 self._return_share(share)
 
     def redeliver(self, transfer: Moving, header: Header, data: bytearray) -> None:
-        """Treat a frame that came early as if it came now."""
-        place = self._receive(transfer, header)
-        incoming, self._incoming = self._incoming, None
-        if place is not None and isinstance(incoming, tuple):
-            place[:] = data
-            incoming[1].arrived()
+        """Treat a frame that came early as if it came now; another one may be on its way in."""
+        stream = self._stream(transfer, header)
+        if stream is not None:
+            stream.place()[:] = data
+            stream.arrived()
 
     def link_lost(self, link: Link, error: Exception) -> None:
         """The link broke."""

@@ -342,8 +342,7 @@ class _Parts(Operation):
         for part in self.parts:
             if self.atomic:
                 part.restore()
-            if hasattr(self, "engine"):
-                part.release(self.engine)
+            part.release(self.engine)
 
 
 class Collective(_Parts):

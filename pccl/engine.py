@@ -171,10 +171,10 @@ class Engine:
 
     def submit(self, op: Operation) -> None:
         """Make a call; `op.settle` is called when it has ended. It never raises: errors go there, too."""
+        op.engine = self
+        op.began = self._clock()
         try:
             membership = self.membership(op.comm)
-            op.engine = self
-            op.began = self._clock()
             if op.timeout is not None:
                 op.deadline = self._loop.call_later(op.timeout, self.expire, op)
             membership.enter(op.record, self._loop.time())
@@ -370,12 +370,16 @@ class Engine:
         self._running[transfer] = op
         self.executor.start(transfer)
 
-    def halt(self, comm: int, record: Record) -> None:
-        """Stop a call's transfers; they hold no memory when this returns."""
-        op = self._op(record)
+    def stop(self, op: Operation) -> None:
+        """Stop what moves a call's data; it holds no memory when this returns."""
         for transfer in [t for t, o in self._running.items() if o is op]:
             del self._running[transfer]
             self.executor.halt(transfer)
+
+    def halt(self, comm: int, record: Record) -> None:
+        """Stop a call's transfers; they hold no memory when this returns."""
+        op = self._op(record)
+        self.stop(op)
         op.halt()
 
     def discard(self, comm: int, epoch: Epoch, call: CallId) -> None:

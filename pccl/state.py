@@ -368,23 +368,23 @@ class Sync(Operation):
 
     def halt(self) -> None:
         """The attempt is over; what was fetched and checked stays."""
+        self._close()
+        self._landing.clear()
+        self._complete = False
+
+    def _close(self) -> None:
+        """Close the exchange of this attempt."""
         if self._exchange:
             self._moved[0] += self._exchange.bytes_sent
             self._moved[1] += self._exchange.bytes_received
-            self.engine.executor.halt(self._exchange)
             self._exchange = None
-        self._landing.clear()
-        self._complete = False
+        self.engine.stop(self)
 
     def result(self, outcome: Outcome, record: Record) -> StateInfo:
         """Everyone has the truth: swap it in."""
         truth = self._truth
         assert truth is not None
-        if self._exchange:
-            self._moved[0] += self._exchange.bytes_sent
-            self._moved[1] += self._exchange.bytes_received
-            self.engine.executor.halt(self._exchange)
-            self._exchange = None
+        self._close()
         state = dict(self.snapshot.given)
         if self._manifest is not None:
             touched: set[str] = set()

@@ -96,8 +96,8 @@ class MemoryWire(Wire):
         self._closed = False
         self._readable: tuple[Callable[[], None], contextvars.Context] | None = None
         self._writable: tuple[Callable[[], None], contextvars.Context] | None = None
-        self._way: deque[memoryview | None] = deque()
-        """What is on its way to the peer, None for the end"""
+        self._way: deque[tuple[float, memoryview | None]] = deque()
+        """When something set out for the peer, and what; None for the end"""
         self._on_way = 0
         self._moving = False
         self._unacked = 0
@@ -191,7 +191,7 @@ class MemoryWire(Wire):
     # --- on the way -------------------------------------------------------------------------------------------------
 
     def _send(self, chunk: memoryview | None) -> None:
-        self._way.append(chunk)
+        self._way.append((self._loop.time(), chunk))
         if not self._moving:
             self._moving = True
             self._move()
@@ -202,10 +202,10 @@ class MemoryWire(Wire):
         if delay is None:
             self._network.later(RETRANSMIT, self._move)
         else:
-            self._network.later(delay, self._arrive)
+            self._network.later(max(0.0, self._way[0][0] + delay - self._loop.time()), self._arrive)
 
     def _arrive(self) -> None:
-        chunk = self._way.popleft()
+        _, chunk = self._way.popleft()
         peer = self.peer
         if chunk is None:
             peer._ended = True

@@ -43,6 +43,10 @@ SIZES = (1, 5, 50, 50, 9000, 9000, 150000)
 KINDS = ("plain", "retry", "out", "round", "tagged", "gather", "loose", "broadcast", "neighbours", "sub")
 
 
+CANCELS = 40
+"""So many calls of a run are cancelled at most: each costs all members a step."""
+
+
 class Violation(AssertionError):
     """A promise was broken."""
 
@@ -353,7 +357,7 @@ class Trainer:
             task = asyncio.ensure_future(
                 awaitable
             )  # always, so that calls begin in the same order on those that cancel and those that do not
-            if cancel and self.own.random() < self.plan.cancel:
+            if cancel and self.own.random() < self.plan.cancel and self.book.counts["cancelled"] < CANCELS:
                 await asyncio.sleep(self.own.random() * 0.02)
                 task.cancel()
                 self.book.counts["cancelled"] += 1
