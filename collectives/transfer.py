@@ -128,7 +128,7 @@ class InStream:
         """The memory of so many bytes is free again."""
         self.released += n
         room = min(self.total, self.released + self.window)
-        if self.limit < self.total and (room - self.limit) * 2 >= self.window:
+        if self.limit < room and (room == self.total or (room - self.limit) * 2 >= self.window):
             self.limit = room
             self.flow.grant(self.transfer.key, self.channel, room, self.transfer.signature, lazy=False)
 
