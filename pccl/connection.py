@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TypedDict
 
-from pccl.core.address import Address, is_loopback, parse_address
+from pccl.core.address import Address, is_loopback, parse_address, parse_endpoint
 from pccl.core.errors import InvalidArgument
 from pccl.core.options import Options
 from pccl.engine import Engine
@@ -96,18 +96,6 @@ def _text(name: str, value: object) -> str:
     raise InvalidArgument(f"{name}: text is needed, not {value!r}")
 
 
-def parse_endpoint(text: str, name: str) -> tuple[str, int | None]:
-    """``host``, ``host:port``, ``[v6]`` or ``[v6]:port``."""
-    try:
-        bare = ":" not in text or (text.startswith("[") and text.endswith("]")) or (text.count(":") > 1 and not text.startswith("["))
-        if bare:
-            return text.strip("[]"), None
-        parsed = parse_address(text, name)
-    except InvalidArgument:
-        raise InvalidArgument(f"{name}: host or host:port is needed, not {text!r}") from None
-    return parsed.host, parsed.port
-
-
 def default_listen(master: Address) -> tuple[str, int | None]:
     """Loopback where the master is there, every interface otherwise."""
     if is_loopback(master.host):
@@ -117,7 +105,7 @@ def default_listen(master: Address) -> tuple[str, int | None]:
 
 def default_advertise(master: Address, listen: tuple[str, int | None]) -> tuple[str, int | None] | None:
     """The address of the interface that leads to the master, where this peer listens on every interface. No packet is sent."""
-    if listen[0]:
+    if listen[0] not in ("", "0.0.0.0", "::"):
         return None
     try:
         family, kind, _, _, where = socket.getaddrinfo(master.host, master.port, type=socket.SOCK_DGRAM)[0]

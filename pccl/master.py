@@ -113,7 +113,7 @@ class Master:
         key: path of a key file (``pccl keys new``), for encryption and authentication.
         allow: path of a list of public keys; peers with others are refused. Without it, whoever knows the master's public key may come.
         insecure: serve off loopback in plain text.
-        advertise: the host that the address for peers names, where that differs.
+        advertise: ``host`` or ``host:port`` that the address for peers names, where that differs (a NAT, a container).
         recover: this master may stand in for one that was lost; `pccl master` says so, an embedded master usually knows better.
 
     Raises:
@@ -132,7 +132,7 @@ class Master:
         recover: bool = False,
         options: Options | None = None,
     ) -> None:
-        from pccl.core.address import parse_address
+        from pccl.core.address import parse_address, parse_endpoint
         from pccl.transports.keys import load_keypair
         from pccl.transports.zmq_server import ZmqServer
 
@@ -142,7 +142,7 @@ class Master:
             keypair=load_keypair(key) if key else None,
             allowed=allow,
             insecure=insecure,
-            advertise=advertise or "",
+            advertise=parse_endpoint(advertise, "advertise") if advertise else None,
             heartbeat_interval=self._options.heartbeat_interval,
             heartbeat_timeout=self._options.heartbeat_timeout,
         )

@@ -14,14 +14,14 @@ from pccl.tools.process import log_to_stderr, run
 
 def master_command(
     listen: Annotated[
-        str, typer.Option(metavar="HOST:PORT", help="Where to listen; port 0 takes a free one, host 0.0.0.0 every interface.")
+        str, typer.Option(metavar="HOST:PORT", help="Where to listen; port 0 takes a free one, host 0.0.0.0 or [::] every interface.")
     ] = f"127.0.0.1:{pccl.DEFAULT_PORT}",
     key: Annotated[str | None, typer.Option(metavar="FILE", help="This master's key, made by `pccl keys new`.")] = None,
     allow: Annotated[
         str | None, typer.Option(metavar="FILE", help="Public keys of the peers that may come; read again when it changes. Default: all.")
     ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Serve other machines without a key, in plain text.")] = False,
-    advertise: Annotated[str | None, typer.Option(metavar="HOST", help="The host that peers are told, where that differs.")] = None,
+    advertise: Annotated[str | None, typer.Option(metavar="HOST[:PORT]", help="What peers are told, where that differs (a NAT).")] = None,
     heartbeat_interval: Annotated[float, typer.Option(metavar="S", help="Seconds between two heartbeats.")] = 0.5,
     heartbeat_timeout: Annotated[float, typer.Option(metavar="S", help="Seconds of silence after which a peer is lost.")] = 3.0,
     stall_timeout: Annotated[float, typer.Option(metavar="S", help="Seconds for which a call may stand still.")] = 30.0,

@@ -108,7 +108,7 @@ class TcpTransport(StreamTransport):
     """Dials and accepts TCP links.
 
     Args:
-        host: where to listen: an address or name; "" for every interface.
+        host: where to listen: an address or name; "" for every interface, IPv6 and IPv4.
         port: 0 for any.
         advertise: ``host`` or ``host:port`` that others are to dial, where that differs (a NAT, a container).
     """
@@ -123,13 +123,16 @@ class TcpTransport(StreamTransport):
 
     async def _serve(self) -> tuple[str, ...]:
         loop = asyncio.get_running_loop()
-        addresses = ["0.0.0.0"] if self._host == "" else await resolve(self._host, self._port)
+        everywhere = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
+        addresses = [everywhere] if self._host == "" else await resolve(self._host, self._port)
         port = self._port
         for address in addresses[:1]:
             family = socket.AF_INET6 if ":" in address else socket.AF_INET
             sock = socket.socket(family, socket.SOCK_STREAM)
             try:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if address == "::":
+                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
                 sock.setblocking(False)
                 sock.bind((address, port))
                 sock.listen(512)
@@ -175,8 +178,9 @@ class TcpTransport(StreamTransport):
                 if e.errno in (errno.EMFILE, errno.ENFILE):
                     logger.error("cannot accept a link: %s; raise the limit of open files (ulimit -n)", e.strerror)
                 return
-            self._warn(peer[0])
-            self._welcome_soon(TcpWire(sock), peer[0])
+            host = peer[0].removeprefix("::ffff:")
+            self._warn(host)
+            self._welcome_soon(TcpWire(sock), host)
 
     def _warn(self, host: str) -> None:
         """Say once that payloads are readable on the way."""

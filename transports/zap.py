@@ -40,7 +40,7 @@ class Gate:
         except zmq.Again:
             return False
         version, number, _, host, _, mechanism, *credentials = request
-        status, user = self._judge(host.decode(), mechanism, credentials)
+        status, user = self._judge(host.decode().removeprefix("::ffff:"), mechanism, credentials)
         self._socket.send_multipart([version, number, status, b"OK" if status == b"200" else b"not allowed", user.encode(), b""])
         return True
 

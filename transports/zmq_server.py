@@ -83,7 +83,7 @@ class ZmqServer(ControlServer):
         allowed: public keys that may connect, or the path of a list of them, which is read again when it changes; None lets in whoever
             knows the address.
         insecure: serve other machines without a key all the same.
-        advertise: the host that peers are told; needed where it cannot be guessed (a wildcard behind NAT).
+        advertise: the host, and the port if that differs, too, that peers are told; needed where they cannot be guessed (behind a NAT).
         heartbeat_timeout: seconds of silence after which a connection is over. It is noticed at most heartbeat_interval later.
         heartbeat_interval: seconds between ZeroMQ's own heartbeats.
     """
@@ -95,7 +95,7 @@ class ZmqServer(ControlServer):
         keypair: KeyPair | None = None,
         allowed: PathLike | Iterable[bytes] | None = None,
         insecure: bool = False,
-        advertise: str = "",
+        advertise: tuple[str, int | None] | None = None,
         heartbeat_timeout: float = 3.0,
         heartbeat_interval: float = 0.5,
     ) -> None:
@@ -141,8 +141,8 @@ class ZmqServer(ControlServer):
         while self._read_event():  # guards what it listens on
             pass
         port = int(self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
-        host = self._advertise or (_own_host() if bound in WILDCARDS else bound)
-        return str(Address(host, port, self._keypair.public if self._keypair else None))
+        host, told = self._advertise or (_own_host() if bound in WILDCARDS else bound, None)
+        return str(Address(host, told or port, self._keypair.public if self._keypair else None))
 
     def send(self, origin: Origin, data: bytes) -> None:
         """Queue a message; of a connection that is no more, dropped. A connection that takes nothing any more is cut.

@@ -39,11 +39,23 @@ def parse_address(text: str, name: str = "address") -> Address:
         host, port = parts.hostname, DEFAULT_PORT if parts.port is None else parts.port
         query = parse_qs(parts.query, strict_parsing=bool(parts.query))
     except ValueError as e:
-        raise InvalidArgument(f"{name}: {text!r} is not an address ({e})") from None
+        raise InvalidArgument(f"{name}: {text!r} is not an address ({e}); write host:port or [v6]:port") from None
     odd = parts.path or parts.fragment or parts.username or set(query) - {"key"}
     if parts.scheme not in ("pccl", "tcp") or not host or odd:
         raise InvalidArgument(f"{name}: {text!r} is not an address; write host:port, [v6]:port or pccl://host:port?key=...")
     return Address(host, port, parse_key(query["key"][0]) if "key" in query else None)
+
+
+def parse_endpoint(text: str, name: str) -> tuple[str, int | None]:
+    """``host``, ``host:port``, ``[v6]`` or ``[v6]:port``."""
+    try:
+        bare = ":" not in text or (text.startswith("[") and text.endswith("]")) or (text.count(":") > 1 and not text.startswith("["))
+        if bare:
+            return text.strip("[]"), None
+        parsed = parse_address(text, name)
+    except InvalidArgument:
+        raise InvalidArgument(f"{name}: host or host:port is needed, not {text!r}") from None
+    return parsed.host, parsed.port
 
 
 def join(host: str, port: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import signal
 import socket
 import sys
@@ -10,6 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import pccl
@@ -18,6 +20,8 @@ from pccl.tools.master import invitation
 from tests.tools.test_cli import run
 
 pytestmark = pytest.mark.process
+
+QUICK = ("--heartbeat-interval", "0.1", "--heartbeat-timeout", "0.5")
 
 
 @asynccontextmanager
@@ -37,7 +41,7 @@ async def master(*options: str) -> AsyncIterator[tuple[asyncio.subprocess.Proces
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 async def test_serves_until_a_signal(number: signal.Signals, code: int) -> None:
-    async with master("--heartbeat-interval", "0.1", "--heartbeat-timeout", "0.5") as (process, address):
+    async with master(*QUICK) as (process, address):
         async with pccl.connect(address) as comm:
             assert comm.world_size == 1
         process.send_signal(number)
@@ -52,7 +56,7 @@ async def test_key_and_list(tmp_path: Path) -> None:
     assert run("keys", "new", key) == run("keys", "new", peer) == 0
     public = pccl_public(peer)
     assert run("keys", "allow", allowed, public) == 0
-    async with master("--key", key, "--allow", allowed, "--heartbeat-interval", "0.1", "--heartbeat-timeout", "0.5") as (_, address):
+    async with master("--key", key, "--allow", allowed, *QUICK) as (_, address):
         assert pccl_public(key) in address
         async with pccl.connect(address, key=peer) as comm:
             assert comm.world_size == 1
@@ -72,6 +76,7 @@ def pccl_public(path: str) -> str:
     [
         (["--listen", "0.0.0.0:0"], UNREACHABLE, "--insecure"),
         (["--listen", "nonsense:port"], USAGE, "not an address"),
+        (["--listen", "::1:0"], USAGE, "[v6]:port"),
         (["--key", "no-such-file"], USAGE, "cannot be read"),
         (["--allow", "no-such-file"], USAGE, "without a key"),
         (["--heartbeat-timeout", "-1"], USAGE, "heartbeat_timeout"),
@@ -88,6 +93,39 @@ def test_port_in_use(capsys: pytest.CaptureFixture[str]) -> None:
         port = taken.getsockname()[1]
         assert run("master", "--listen", f"127.0.0.1:{port}") == UNREACHABLE
     assert f"port {port} is in use" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("advertise", "told"),
+    [("example.org", r"example\.org:[1-9]\d*"), ("example.org:99", r"example\.org:99"), ("2001:db8::5", r"\[2001:db8::5\]:[1-9]\d*")],
+)
+async def test_advertised_address(advertise: str, told: str) -> None:
+    async with master("--advertise", advertise) as (_, address):
+        assert re.fullmatch(told, address)
+
+
+async def test_ipv6() -> None:
+    async with master("--listen", "[::1]:0", *QUICK) as (_, address):
+        assert address.startswith("[::1]:")
+        async with pccl.connect(address) as comm:
+            assert comm.world_size == 1
+
+
+async def test_comes_back_at_the_same_address() -> None:
+    """Peers that run meanwhile notice nothing but a new term."""
+    async with master(*QUICK) as (first, address), pccl.connect(address) as comm:
+        before = comm.view.epoch
+        first.kill()
+        await first.wait()
+        async with master("--listen", address, *QUICK) as (second, again):
+            assert again == address
+            while (info := await comm.all_reduce(np.ones(1), retry=True)).epoch == before:
+                pass
+            assert info.epoch.term > before.term
+            await comm.leave()
+            second.send_signal(signal.SIGINT)
+            _, log = await second.communicate()
+    assert b"taken over with 1 members" in log
 
 
 def test_invitation_survives_a_shell() -> None:

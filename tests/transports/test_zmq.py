@@ -222,7 +222,7 @@ async def test_a_name_is_connected_to() -> None:
 
 
 async def test_the_advertised_host_is_told() -> None:
-    async with serving(ServerLog(), Address("0.0.0.0", 0), keypair=new_keypair(), advertise="example.org") as (_, address):
+    async with serving(ServerLog(), Address("0.0.0.0", 0), keypair=new_keypair(), advertise=("example.org", None)) as (_, address):
         assert address.host == "example.org"
 
 
