@@ -1,0 +1,266 @@
+"""A process of a benchmark: ``python -m pccl.tools.bench.worker``.
+
+It reads orders from stdin, one JSON object per line, and writes what comes of each to stdout. It ends with whoever started it: when stdin
+does, or, where the system can do that, with the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+import pccl
+from pccl.tools.bench.systems import Buffers, Gloo, Pccl, System
+
+PR_SET_PDEATHSIG = 1
+PAUSE = 0.001
+"""Seconds between two updates of a member that is waiting for a change."""
+CALL_TIMEOUT = 120.0
+MIB = 1 << 20
+
+State = dict[str, npt.NDArray[np.float32]]
+
+
+class Orders:
+    """What a worker can be told to do: every public method, by its name. Results go back as JSON.
+
+    Args:
+        say: tells something before the result is there.
+    """
+
+    def __init__(self, say: Callable[..., None]) -> None:
+        self._say = say
+        self._comm: pccl.sync.Communicator
+        self._buffers: Buffers
+        self._systems: dict[str, System] = {}
+
+    def finish(self) -> None:
+        """Leave."""
+        for system in self._systems.values():
+            system.close()
+
+    # --- membership -------------------------------------------------------------------------------------------------
+
+    def join(self, address: str, peers: int) -> int:
+        """Join the group and wait until it has so many members; the result is this one's rank."""
+        self._comm = pccl.sync.connect(address, timeout=CALL_TIMEOUT)
+        self._systems["pccl"] = Pccl(self._comm)
+        self.gather(peers)
+        return self._comm.rank
+
+    def gather(self, peers: int) -> None:
+        """Update until the group has so many members: all of them see that in the same update."""
+        while self._comm.world_size != peers:
+            self._comm.update()
+            if self._comm.world_size != peers:
+                time.sleep(PAUSE)
+
+    def join_gloo(self, path: str) -> None:
+        """Make a gloo process group of the same members, which meet in a file."""
+        self._systems["gloo"] = Gloo(path, self._comm.rank, self._comm.world_size, CALL_TIMEOUT)
+
+    # --- calls ------------------------------------------------------------------------------------------------------
+
+    def prepare(self, collective: str, size: int, dtype: str, op: str) -> int:
+        """Make buffers for a collective; the result is what they hold, in bytes: at least the size, divisible among the members."""
+        self._buffers = Buffers(collective, size, dtype, op, self._comm.rank, self._comm.world_size)
+        return self._buffers.nbytes
+
+    def check(self, system: str, how: dict[str, bool]) -> int:
+        """Make a call; the result is the number of elements that are wrong."""
+        call = self._systems[system].call(self._buffers, **how)
+        self._buffers.fill()
+        call()
+        return self._buffers.wrong(out_of_place=how.get("out", False))
+
+    def run(self, system: str, how: dict[str, bool], count: int) -> list[float]:
+        """Make so many calls; the result is how many seconds each took."""
+        call = self._systems[system].call(self._buffers, **how)
+        self._buffers.clear()
+        self._systems[system].barrier()
+        times = []
+        for _ in range(count):
+            began = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - began)
+        return times
+
+    def strike(self, value: float) -> dict[str, Any]:
+        """Make a call in which somebody is to die, and a second one if that fails."""
+        x = self._buffers.x
+        x.fill(value)
+        self._comm.barrier(atomic=False)
+        self._say("entered", at=time.monotonic())
+        found: dict[str, Any] = {"raised": None, "retried": None, "lost": 0}
+        try:
+            self._comm.all_reduce(x)
+        except pccl.CollectiveAborted as e:
+            found["raised"], found["lost"] = time.monotonic(), len(e.lost)
+            self._comm.all_reduce(x)
+            found["retried"] = time.monotonic() - found["raised"]
+        found["low"], found["high"] = float(x.min()), float(x.max())
+        return found
+
+    # --- newcomers --------------------------------------------------------------------------------------------------
+
+    def host(self, visits: int, size: int) -> None:
+        """Let newcomers in and out again; give each of them the state if there is any."""
+        alone, state = self._comm.world_size, make_state(size)
+        for _ in range(visits):
+            self.gather(alone + 1)
+            if state:
+                self._comm.sync_state(state, revision=1)
+            self.gather(alone)
+
+    def visit(self, address: str, visits: int, size: int) -> dict[str, list[float]]:
+        """Come as a newcomer, fetch the state if there is any, and leave, several times."""
+        mine, right = {name: np.empty_like(x) for name, x in make_state(size).items()}, make_state(size)
+        took: dict[str, list[float]] = {"connect": [], "fetch": []}
+        for _ in range(visits):
+            for x in mine.values():
+                x.fill(0)
+            began = time.perf_counter()
+            comm = pccl.sync.connect(address, timeout=CALL_TIMEOUT)
+            took["connect"].append(time.perf_counter() - began)
+            if mine:
+                began = time.perf_counter()
+                comm.sync_state(mine, revision=0)
+                took["fetch"].append(time.perf_counter() - began)
+                if any(not np.array_equal(mine[name], right[name]) for name in right):
+                    raise AssertionError("sync_state did not bring what the holders have")
+            comm.leave()
+        return took
+
+    def agree(self, size: int, count: int) -> list[float]:
+        """Synchronise a state that is the same on all members, so many times."""
+        state, times = make_state(size), []
+        for _ in range(count + 1):
+            self._comm.barrier(atomic=False)
+            began = time.perf_counter()
+            self._comm.sync_state(state, revision=1)
+            times.append(time.perf_counter() - began)
+        return times[1:]
+
+    # --- costs ------------------------------------------------------------------------------------------------------
+
+    def memory(self, case: str, size: int) -> int:
+        """How many bytes more than its tensors this process holds at its peak, in three calls of a kind."""
+        parts = 4 if case == "round" else 1
+        tensors = [_touched(size // parts) for _ in range(parts)]
+        out = _touched(size) if case == "out of place" else None
+        self._comm.all_reduce(np.zeros(1024, np.float32))
+        before = _forget_peak()
+        for _ in range(3):
+            if case == "round":
+                with self._comm.round() as calls:
+                    for x in tensors:
+                        calls.all_reduce(x)
+            else:
+                self._comm.all_reduce(tensors[0], out=out)
+        return max(0, _status("VmHWM") - before)
+
+    def serve(self) -> str:
+        """Run a master here; the result is its address."""
+        from pccl.tools.bench.light import Background
+
+        self._background = Background()
+        return self._background.run(self._background.serve())
+
+    def used(self) -> float:
+        """Seconds of CPU that this process has used, in all its threads."""
+        return time.process_time()
+
+    def populate(self, address: str, groups: Mapping[str, int], size: int) -> None:
+        """Run light peers here, so many of each group, and wait until all are members of groups of this size."""
+        from pccl.tools.bench.light import Background
+
+        self._background = Background()
+        self._background.run(self._background.populate(address, groups, size))
+
+    def commit(self, rounds: int) -> None:
+        """Have each light peer update and commit so many times."""
+        self._background.run(self._background.commit(rounds))
+
+
+def make_state(size: int) -> State:
+    """A state of so many bytes in a few tensors; the same wherever it is made."""
+    chance = np.random.default_rng(1)
+    count = min(8, size // 4)
+    return {f"tensor {i}": chance.random(size // 4 // count, np.float32) for i in range(count)}
+
+
+def _touched(size: int) -> npt.NDArray[np.float32]:
+    """Zeros in memory that is really there."""
+    made = np.empty(size // 4, np.float32)
+    made.fill(0)
+    return made
+
+
+def _status(name: str) -> int:
+    """A line of /proc/self/status, in bytes."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(f"{name}:"))
+
+
+def _forget_peak() -> int:
+    """Begin a new peak of memory, and return where it begins: what is held now, or, where that is not permitted, the peak so far."""
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    except OSError:
+        return _status("VmHWM")
+    return _status("VmRSS")
+
+
+def _obey(orders: queue.SimpleQueue[bytes], say: Callable[..., None]) -> None:
+    desk = Orders(say)
+    order = ""
+    while order != "finish":
+        details = json.loads(orders.get())
+        order = details.pop("order")
+        say("done", result=getattr(desk, order)(**details))
+
+
+def _listen(orders: queue.SimpleQueue[bytes]) -> None:
+    rest = b""
+    while data := os.read(0, 1 << 16):  # not sys.stdin: Python cannot shut down while a thread reads that
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            orders.put(line)
+    os._exit(1)
+
+
+def main(arguments: Sequence[str] = ()) -> None:
+    """Obey until told to finish."""
+    parent = os.getppid()
+    try:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # reaches those that are stopped, too
+    except (OSError, AttributeError):
+        pass  # not Linux: the end of stdin has to do
+    if os.getppid() != parent:
+        os._exit(1)
+    voice = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries may print what they like
+
+    def say(event: str, **facts: Any) -> None:
+        voice.write(json.dumps({"event": event, **facts}) + "\n")
+        voice.flush()
+
+    orders: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(orders,), name="orders", daemon=True).start()
+    _obey(orders, say)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
