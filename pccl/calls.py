@@ -126,9 +126,9 @@ class Part:
         x, out = self._x, self._out
         if many.source > 1 and x and x.count % world:
             return f"its input of {x.count} elements cannot be shared out among {world} members"
-        if many.source > 1 and x and out and x.count != out.count * world:
+        if many.source > many.target and x and out and x.count != out.count * world:
             return f"its input of {x.count} elements is not {world} times its output of {out.count}"
-        if many.target > 1 and x and out and out.count < x.count * world:
+        if many.target > many.source and x and out and out.count < x.count * world:
             return f"its output of {out.count} elements has no room for {world} times {x.count}"
         return ""
 
