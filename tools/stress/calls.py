@@ -11,8 +11,7 @@ import numpy as np
 import xxhash
 
 import pccl
-from pccl.tools.stress.oracle import Array, Oracle, difference
-from pccl.tools.stress.program import Call, launch_order
+from pccl.tools.stress.program import Array, Call, Oracle, difference, launch_order
 
 
 class Made:
@@ -33,23 +32,20 @@ class Made:
         """Results that were compared with the oracle"""
         self.restored = 0
         """Inputs that were compared with what was given, after an abort"""
-        self.retried = 0
-        """Attempts beyond the first"""
         self.pairs: dict[str, bool] = {}
         """source>target of a call between two -> whether it was committed here"""
-        self.digest = 0
+        self._infos: list[pccl.Info] = []
+        self._uids: tuple[int, ...] = ()
+        self._digest = 0
         """Of the result, where all members have the same"""
-        self.uids: tuple[int, ...] = ()
-        """Who took part"""
         self._oracle = oracle
         self._step = step
         self._members = [m.uid for m in view.members]
         self._me = self._members[view.rank]
-        self._infos: list[pccl.Info] = []
         self._root = self._members[call.root % len(self._members)]
         self._next = self._members[(view.rank + 1) % len(self._members)]
         self._previous = self._members[view.rank - 1]
-        self._given = [self._input(self._me, i) for i in range(len(call.sizes))]
+        self._given = [oracle.given(self._me, step, call, i) for i in range(len(call.sizes))]
         self._x = [x.copy() for x in self._given]
         self._out = [np.zeros_like(x) for x in self._x] if call.out or call.kind in ("ring", "broadcast") else self._x
         if call.kind == "broadcast" and self._me == self._root:
@@ -97,10 +93,9 @@ class Made:
         """To the next, and from the one before."""
         if len(self._members) == 1:
             return
-        rank = {uid: r for r, uid in enumerate(self._members)}
         both = await asyncio.gather(
-            comm.send(self._x[0], rank[self._next], retry=self.call.retry),
-            comm.recv(self._out[0], rank[self._previous], retry=self.call.retry),
+            comm.send(self._x[0], self._members.index(self._next), retry=self.call.retry),
+            comm.recv(self._out[0], self._members.index(self._previous), retry=self.call.retry),
             return_exceptions=True,
         )
         names = f"{self._me}>{self._next}", f"{self._previous}>{self._me}"
@@ -122,24 +117,26 @@ class Made:
             self.problems.append(f"{call}: {self.error!r}")
         elif self.outcome == "A" and call.retry and call.kind != "broadcast":
             self.problems.append(f"{call} was given up although it may be retried: {self.error}")
-        self.retried = sum(info.attempts - 1 for info in self._infos[:1])
         if call.kind == "ring":
-            self._check_ring()
+            self._check_inputs()
+            if self.pairs.get(f"{self._previous}>{self._me}"):
+                what = f"what {self._me} received from {self._previous} in {call}"
+                self._compare(what, self._out[0], self._oracle.given(self._previous, self._step, call))
         elif self.outcome == "C":
             self._check_result()
+            if call.out or call.kind in ("all_gather", "reduce_scatter"):
+                self._check_inputs()
         elif call.kind != "broadcast" or self._me == self._root:
-            self._check_inputs()
-        if self.outcome == "C" and (call.out or call.kind in ("all_gather", "reduce_scatter")):
             self._check_inputs()
 
     def _check_inputs(self) -> None:
         for i, (x, given) in enumerate(zip(self._x, self._given, strict=True)):
             self.restored += self.outcome != "C"
-            self._compare(f"input {i} of {self.call} after outcome {self.outcome}", x, given)
+            self.problems += filter(None, [difference(f"input {i} of {self.call} after outcome {self.outcome}", x, given)])
 
     def _check_result(self) -> None:
         call, uids = self.call, tuple(m.uid for m in self._infos[0].members)
-        self.uids = uids
+        self._uids = uids
         if any(tuple(m.uid for m in info.members) != uids for info in self._infos):
             self.problems.append(f"{call}: its tensors were reduced over different members")
         if self._me not in uids or not set(uids) <= set(self._members):
@@ -147,10 +144,9 @@ class Made:
             return
         hasher = xxhash.xxh3_64()
         for i, (result, expected) in enumerate(self._results(uids)):
-            self.checked += 1
             self._compare(f"result {i} of {call} over {uids}", result, expected)
             hasher.update(np.ascontiguousarray(result).data)
-        self.digest = 0 if call.kind == "reduce_scatter" else hasher.intdigest()
+        self._digest = 0 if call.kind == "reduce_scatter" else hasher.intdigest()
 
     def _results(self, uids: tuple[int, ...]) -> list[tuple[Array, Array]]:
         """What there is, and what there should be."""
@@ -158,30 +154,19 @@ class Made:
         if call.kind == "barrier":
             return []
         if call.kind == "broadcast":
-            return [(self._out[0], self._input(self._root))]
+            return [(self._out[0], self._oracle.given(self._root, self._step, call))]
         if call.kind == "all_gather":
-            return [(self._infos[0].out, self._oracle.gathered(uids, self._step, call.number, call.dtype, call.size))]
-        expected = [self._oracle.reduced(call.op, uids, self._step, call.tensor(i), call.dtype, size) for i, size in enumerate(call.sizes)]
+            return [(self._infos[0].out, self._oracle.gathered(uids, self._step, call))]
+        expected = [self._oracle.reduced(uids, self._step, call, i) for i in range(len(call.sizes))]
         if call.kind == "reduce_scatter":
             part = call.size // len(uids)
             start = uids.index(self._me) * part
             return [(self._infos[0].out, expected[0][start : start + part])]
         return list(zip(self._out, expected, strict=True))
 
-    def _check_ring(self) -> None:
-        self._check_inputs()
-        if self.pairs.get(f"{self._previous}>{self._me}"):
-            self.checked += 1
-            self._compare(f"what {self._me} received from {self._previous} in {self.call}", self._out[0], self._input(self._previous))
-
     def _compare(self, what: str, found: Array, expected: Array) -> None:
-        wrong = difference(what, found, expected)
-        if wrong:
-            self.problems.append(wrong)
-
-    def _input(self, uid: int, i: int = 0) -> Array:
-        call = self.call
-        return self._oracle.given(uid, self._step, call.tensor(i), call.dtype, call.sizes[i])
+        self.checked += 1
+        self.problems += filter(None, [difference(what, found, expected)])
 
     # --- what the others must have, too -----------------------------------------------------------------------------
 
@@ -190,13 +175,16 @@ class Made:
         """How the call ended, as all members have to see it; of pairwise calls, they need not see the same."""
         if self.call.kind == "ring":
             return "-"
-        return f"C{self.uids}{self.digest:x}" if self.outcome == "C" else self.outcome
+        return f"C{self._uids}{self._digest:x}".replace(" ", "") if self.outcome == "C" else self.outcome
 
-    def spoil(self, what: str) -> None:
-        """For tests of these checks: a wrong bit in a buffer."""
-        buffers = self._x if what == "input" else [self._out[0]]
-        bits = buffers[0].view(np.uint8)
-        bits[-1] ^= 1
+    @property
+    def retried(self) -> int:
+        """Attempts beyond the first."""
+        return self._infos[0].attempts - 1 if self._infos else 0
+
+    def spoil(self) -> None:
+        """For tests of these checks: a wrong bit in the result."""
+        self._out[0].view(np.uint8)[-1] ^= 1
 
 
 async def make_all(comm: pccl.Communicator, calls: list[Call], oracle: Oracle, step: int, own: random.Random) -> list[Made]:

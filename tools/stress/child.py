@@ -82,4 +82,4 @@ class Child:
 
     def last_words(self) -> str:
         """The end of its log."""
-        return self._log.read_bytes()[-LAST_WORDS:].decode(errors="replace") if self._log.exists() else ""
+        return self._log.read_bytes()[-LAST_WORDS:].decode(errors="replace")

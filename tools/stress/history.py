@@ -1,21 +1,14 @@
-"""What has happened so far: made of what the workers say and of what the driver does. The judge, the view and the report read it."""
+"""What has happened so far: made of what the workers say and of what the driver does. The judge, the screen and the report read it."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pccl.tools.stress.child import Message
 from pccl.tools.stress.page import Phase
 from pccl.tools.stress.plan import Event
-
-
-class Stop(NamedTuple):
-    """A worker was stopped, and went on."""
-
-    began: float
-    ended: float
 
 
 class Violation(NamedTuple):
@@ -32,38 +25,30 @@ class Peer:
 
     ordinal: int
     pid: int
+    due_at: float
+    """When it was last seen to do what it has to do: it started, committed a step, or was let go on"""
     state: str = "starting"
     """starting, connecting, member, finished, killed, ended"""
-    connection: int = 0
     uid: int = -1
     joined_at: float = 0.0
     last: Message | None = None
     """The last step of this connection"""
-    step: int = -1
-    epoch: str = ""
-    world: int = 0
-    commit_at: float = 0.0
-    """When it last committed a step"""
     steps: int = 0
-    stopped_at: float | None = None
-    stops: list[Stop] = field(default_factory=list)
+    stopped: bool = False
+    resumed_at: float = 0.0
+    stops: int = 0
     evictions: int = 0
     samples: list[dict[str, int]] = field(default_factory=list)
 
     @property
     def name(self) -> str:
-        """As the view and the logs call it."""
+        """As the screen and the logs call it."""
         return f"w{self.ordinal}"
 
     @property
     def alive(self) -> bool:
         """Whether its process is there."""
         return self.state not in ("finished", "killed", "ended")
-
-    def stopped_within(self, seconds: float, now: float, at_least: float = 0.0) -> bool:
-        """Whether it was stopped for so long, and is, or was not long ago."""
-        stops = [*self.stops, *([Stop(self.stopped_at, now)] if self.stopped_at is not None else [])]
-        return any(stop.ended >= now - seconds and stop.ended - stop.began >= at_least for stop in stops)
 
 
 @dataclass(slots=True)
@@ -75,19 +60,8 @@ class Played:
     """Seconds after the group has formed."""
     phases: list[str]
     """Where it hit."""
-    step: int
     recovered: float | None = None
-    """Seconds until the next commit without the victim."""
-
-
-@dataclass(slots=True)
-class _Recovery:
-    """Of the others, from a fault."""
-
-    played: Played
-    began: float
-    uid: int
-    term: int
+    """Seconds until the next step of others without the victim, or under another master."""
 
 
 class History:
@@ -95,45 +69,61 @@ class History:
 
     def __init__(self) -> None:
         self.peers: dict[int, Peer] = {}
-        self.master_samples: list[dict[str, int]] = []
-        self.master_deaths: list[tuple[float, float]] = []
-        """When it died, and when the next one was there (0 if not yet)"""
+        self.master_samples: list[list[dict[str, int]]] = []
+        """One list for each process that was the master"""
+        self.master_away = False
         self.played: list[Played] = []
         self.violations: list[Violation] = []
         self.totals: Counter[str] = Counter()
-        self.errors: Counter[str] = Counter()
+        self.evictions: Counter[str] = Counter()
+        """By reason: a busy machine may be late with a heartbeat, so they are no violations"""
         self.hits: dict[str, Counter[str]] = {"kill": Counter(), "stop": Counter()}
         """kind of fault -> phase -> how often it was hit"""
         self.began = 0.0
         self.commit_at = 0.0
         """When anybody last committed a step"""
-        self.step = -1
+        self.longest_gap = 0.0
+        """Between two steps of anybody"""
+        self.newest: Message | None = None
+        """The last step of anybody"""
         self.lineages: list[int] = []
         self.log: list[str] = []
-        self._recovering: list[_Recovery] = []
-        self._term = 0
+        self._recovering: list[tuple[Played, float, int]] = []
+        """Events that others have to recover from: when it was, and the uid of the victim, or minus the term of the old master"""
 
     # --- what the driver does ---------------------------------------------------------------------------------------
 
-    def started(self, ordinal: int, pid: int) -> None:
+    def started(self, ordinal: int, pid: int, at: float) -> None:
         """A worker was started."""
-        self.peers[ordinal] = Peer(ordinal, pid)
+        self.peers[ordinal] = Peer(ordinal, pid, at)
 
-    def hit(self, event: Event, at: float, phases: set[Phase]) -> Played:
-        """A fault has happened."""
-        played = Played(event, at - self.began, sorted(phase.value for phase in phases), self.step)
+    def hit(self, event: Event, at: float, phases: set[Phase], *, recovers: int | None = None) -> None:
+        """An event has happened.
+
+        Args:
+            recovers: the uid of a member without which the others have to go on.
+        """
+        played = Played(event, at - self.began, sorted(phase.value for phase in phases))
         self.played.append(played)
         if event.kind in self.hits:
             self.hits[event.kind].update(played.phases)
+        if recovers is not None or event.kind == "master":
+            self._recovering.append((played, at, -_term(self.newest) if recovers is None else recovers))
         self.note(at, f"{event}; it was in {' and '.join(played.phases)}" if phases else str(event))
-        return played
 
-    def recovers(self, played: Played, at: float, uid: int = -1) -> None:
-        """The others have to go on without this member; or, if it was the master, under a new one."""
-        self._recovering.append(_Recovery(played, at, uid, self._term))
+    def resumed(self, peer: Peer, at: float) -> None:
+        """A worker goes on after a stop."""
+        peer.stopped = False
+        peer.resumed_at = peer.due_at = at
+
+    def master_back(self, at: float) -> None:
+        """There is a master again."""
+        self.master_away = False
+        for peer in self.peers.values():
+            peer.due_at = at
 
     def note(self, at: float, text: str) -> None:
-        """Something that the view shows."""
+        """Something for the screen and the log."""
         self.log.append(f"{at - self.began if self.began else 0.0:7.2f} s  {text}")
 
     def violate(self, who: str, what: str, at: float) -> None:
@@ -145,44 +135,35 @@ class History:
 
     def joined(self, peer: Peer, m: Message) -> None:
         """It is a member."""
-        peer.state, peer.connection, peer.uid = "member", m["connection"], m["uid"]
-        peer.epoch, peer.world, peer.joined_at, peer.last = m["epoch"], m["world"], m["at"], None
+        peer.state, peer.uid, peer.joined_at, peer.last = "member", m["uid"], m["at"], None
         self.totals["admissions"] += 1
 
     def stepped(self, peer: Peer, m: Message) -> None:
         """It has committed a step."""
-        peer.step, peer.epoch, peer.world, peer.commit_at = m["step"], m["epoch"], len(m["uids"]), m["at"]
+        peer.last, peer.due_at = m, max(peer.due_at, m["at"])
         peer.steps += 1
-        peer.last = m
+        if self.commit_at and self.began:
+            self.longest_gap = max(self.longest_gap, m["at"] - max(self.commit_at, self.began))
         self.commit_at = max(self.commit_at, m["at"])
-        self.step = max(self.step, m["step"]) if self.lineages and self.lineages[-1] == m["lineage"] else m["step"]
-        self._term = max(self._term, _term(m))
+        self.newest = m
         if m["lineage"] not in self.lineages:
             self.lineages.append(m["lineage"])
         self.totals["steps"] += 1
-        self.totals.update({name: m[name] for name in ("committed", "aborted", "retried", "checked", "restored")})
-        self.errors.update(m["reasons"])
-        self.sample(peer.samples, m["usage"], peer.world)
-        for recovery in [r for r in self._recovering if self._is_recovered(r, m)]:
-            recovery.played.recovered = m["at"] - recovery.began
+        self.totals.update(m["counts"])
+        # its links to fellow members apart
+        apart = {name: m["usage"][name] - len(m["uids"]) for name in ("descriptors", "sockets")}
+        peer.samples.append(m["usage"] | apart)
+        for recovery in [r for r in self._recovering if m["at"] > r[1] and (r[2] not in m["uids"] if r[2] >= 0 else _term(m) > -r[2])]:
+            recovery[0].recovered = m["at"] - recovery[1]
             self._recovering.remove(recovery)
-
-    def _is_recovered(self, r: _Recovery, m: Message) -> bool:
-        return m["at"] > r.began and (_term(m) > r.term if r.uid < 0 else r.uid not in m["uids"])
-
-    def sample(self, samples: list[dict[str, int]], usage: dict[str, int], world: int) -> None:
-        """What a process holds, links to its fellow members apart."""
-        adjusted = dict(usage)
-        adjusted["descriptors"] -= world
-        adjusted["sockets"] -= world
-        samples.append(adjusted)
 
     def out(self, peer: Peer, m: Message) -> None:
         """It is no member any more."""
         peer.state, peer.last = "connecting", None
         peer.evictions += 1
         self.totals["evictions"] += 1
-        self.errors[f"evicted: {m['reason']}"] += 1
+        self.evictions[m["error"]] += 1
+        self.note(m["at"], f"{peer.name} is out: {m['error']}")
 
     # --- what follows -----------------------------------------------------------------------------------------------
 
@@ -190,11 +171,6 @@ class History:
     def alive(self) -> list[Peer]:
         """Workers whose process is there."""
         return [peer for peer in self.peers.values() if peer.alive]
-
-    @property
-    def anyone_stopped(self) -> bool:
-        """Whether a worker is stopped."""
-        return any(peer.stopped_at is not None for peer in self.alive)
 
     def phases(self) -> dict[str, int]:
         """How often each phase was hit by any fault."""
@@ -206,9 +182,9 @@ class History:
         return [p.value for p in Phase if p.counts and not counts[p.value]]
 
     def recoveries(self, kind: str) -> list[float]:
-        """Seconds from faults of a kind to the next commit."""
+        """Seconds from faults of a kind to the next step."""
         return sorted(p.recovered for p in self.played if p.event.kind == kind and p.recovered is not None)
 
 
-def _term(m: dict[str, Any]) -> int:
-    return int(m["epoch"].partition(".")[0])
+def _term(m: Message | None) -> int:
+    return int(m["epoch"].partition(".")[0]) if m else 0

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import Any
 
 from pccl.tools.stress.child import Message
-from pccl.tools.stress.growth import growth
 from pccl.tools.stress.history import History, Peer
 from pccl.tools.stress.plan import Config
 
 REMEMBERED = 5000
 """Steps whose outcome is remembered."""
-SLACK = 1.0
-"""Seconds by which a busy machine may be late."""
-DETECTION = 1.0
-"""Seconds beyond the heartbeat timeout after which a stopped worker must be out."""
-AFTERMATH = 8.0
-"""Seconds for which a stopped worker, or a dead master, explains that links to others could not be made."""
 LATE = 2.0
 """Seconds within which a worker that goes on may still say what it did before."""
+FEWEST_SAMPLES = 60
+"""Samples without which nothing is said of growth."""
+WARM = 0.2
+"""Share of the samples that come before caches and pools are full."""
+ALLOWED = {"memory": 64 << 20, "descriptors": 6, "sockets": 4, "threads": 6, "tasks": 4}
+"""By how much the late median may exceed the early one."""
 
 
 class Judge:
@@ -28,9 +29,7 @@ class Judge:
         self._config = config
         self._history = history
         self._agreed: dict[tuple[Any, ...], tuple[Any, str]] = {}
-        """What the first of those who went on said of a step, or of a call between two -> and who that was"""
-        self._due: dict[int, tuple[int, float]] = {}
-        """Workers that were stopped for too long: the connection that must be over by that time"""
+        """A step, or a call between two -> what the first of those who went on said of it, and who that was"""
 
     # --- what workers say -------------------------------------------------------------------------------------------
 
@@ -42,10 +41,8 @@ class Judge:
             self._step(peer, m)
             history.stepped(peer, m)
         elif event == "joined":
-            self._due.pop(ordinal, None)
             history.joined(peer, m)
         elif event == "evicted":
-            self._evicted(peer, m)
             history.out(peer, m)
         elif event == "finished":
             peer.state = "finished"
@@ -62,9 +59,9 @@ class Judge:
     def _step(self, peer: Peer, m: Message) -> None:
         before = peer.last
         if before is None:
-            current = self._history.lineages[-1:] == [m["lineage"]]
-            newest = max((p.last["step"] for p in self._others(peer, m["lineage"]) if p.commit_at < peer.joined_at and p.last), default=0)
-            if current and m["step"] < newest:
+            others = [p for p in self._history.peers.values() if p is not peer and p.last and p.last["at"] < peer.joined_at]
+            newest = max((p.last["step"] for p in others if p.last and p.last["lineage"] == m["lineage"]), default=0)
+            if m["step"] < newest:
                 self._violate(peer, m["at"], f"its first step is {m['step']}, when others had committed {newest} before it was admitted")
         else:
             self._went_on(peer, before)
@@ -72,18 +69,10 @@ class Judge:
                 was, now = (f"{x['step']} of lineage {x['lineage']}" for x in (before, m))
                 self._violate(peer, m["at"], f"after step {was} it made step {now}")
             if m["fetched"]:
-                self._violate(
-                    peer, m["at"], f"sync_state changed {m['fetched']} bytes of a state that should be the others' (step {m['step']})"
-                )
-        if m["lineage"] in self._history.lineages[:-1] and not peer.stopped_within(LATE, m["at"]):
+                what = f"sync_state moved {m['fetched']} bytes to a member whose state should be the others' (step {m['step']})"
+                self._violate(peer, m["at"], what)
+        if m["lineage"] in self._history.lineages[:-1] and m["at"] > peer.resumed_at + LATE:
             self._violate(peer, m["at"], f"it made step {m['step']} of lineage {m['lineage']} after another had begun")
-        connection, by = self._due.get(peer.ordinal, (-1, 0.0))
-        if connection == m["connection"] and m["at"] > by:
-            del self._due[peer.ordinal]
-            self._violate(peer, m["at"], f"it was stopped for {_last_stop(peer):.1f} s, and is still a member")
-
-    def _others(self, peer: Peer, lineage: int) -> list[Peer]:
-        return [p for p in self._history.peers.values() if p is not peer and p.last and p.last["lineage"] == lineage]
 
     def _went_on(self, peer: Peer, m: Message) -> None:
         """A worker went on after a step: so all who went on have to agree on it."""
@@ -99,52 +88,20 @@ class Judge:
         elif len(self._agreed) > REMEMBERED:
             del self._agreed[next(iter(self._agreed))]
         else:
-            self._history.totals["compared"] += 1
-
-    # --- evictions --------------------------------------------------------------------------------------------------
-
-    def _evicted(self, peer: Peer, m: Message) -> None:
-        self._due.pop(peer.ordinal, None)
-        if not self._explains(peer, m["reason"], m["at"]):
-            self._violate(peer, m["at"], f"it was put out of the group without a cause: {m['reason']}")
-
-    def _explains(self, peer: Peer, reason: str, now: float) -> bool:
-        """Whether what was done to the workers accounts for an eviction."""
-        limit = self._config.heartbeat_timeout
-        if peer.stopped_within(AFTERMATH, now, at_least=limit - SLACK):
-            return True
-        upheaval = any(p.stopped_within(AFTERMATH, now) for p in self._history.peers.values()) or self._master_died_within(AFTERMATH, now)
-        if "can reach too few" in reason:
-            return upheaval
-        return self._master_died_within(AFTERMATH, now) and peer.stopped_within(AFTERMATH, now)
-
-    def _master_died_within(self, seconds: float, now: float) -> bool:
-        return any(not back or back >= now - seconds for _, back in self._history.master_deaths)
-
-    def resumed(self, peer: Peer, began: float, ended: float) -> None:
-        """A worker was stopped, and goes on now."""
-        limit = self._config.heartbeat_timeout + DETECTION
-        undisturbed = not any(died <= ended and (not back or back >= began - limit) for died, back in self._history.master_deaths)
-        if peer.state == "member" and peer.joined_at < began and ended - began > limit + SLACK and undisturbed:
-            self._due[peer.ordinal] = peer.connection, ended + SLACK
+            self._history.totals["compared"] += who != peer.name
 
     # --- time -------------------------------------------------------------------------------------------------------
 
     def hangs(self, now: float) -> str:
         """Why this is a hang; empty if it is none."""
-        history = self._history
-        if len(history.alive) < 2:
+        history, gap = self._history, self._config.gap
+        if history.master_away:
             return ""
+        for peer in history.alive:
+            if not peer.stopped and now - peer.due_at > gap:
+                return f"{peer.name} has committed nothing for {now - peer.due_at:.1f} s"
         silence = now - max(history.commit_at, history.began)
-        resumed = max((stop.ended for peer in history.peers.values() for stop in peer.stops), default=0.0)
-        back = max((back for _, back in history.master_deaths), default=0.0)
-        absent = bool(history.master_deaths and not history.master_deaths[-1][1])
-        undisturbed = now - max(history.commit_at, history.began, resumed, back)
-        if undisturbed > self._config.gap and not history.anyone_stopped and not absent:
-            return f"nobody has committed anything for {silence:.1f} s, {undisturbed:.1f} s of which nobody was stopped"
-        if silence > 2 * self._config.gap:
-            return f"nobody has committed anything for {silence:.1f} s"
-        return ""
+        return f"nobody has committed anything for {silence:.1f} s" if silence > 2 * gap else ""
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
@@ -157,8 +114,9 @@ class Judge:
         for peer in history.peers.values():
             for what in growth(peer.samples):
                 self._violate(peer, now, what)
-        for what in growth(history.master_samples):
-            history.violate("master", what, now)
+        for samples in history.master_samples:
+            for what in growth(samples):
+                history.violate("master", what, now)
         if self._config.require_phases and history.missed():
             history.violate("run", f"no fault hit these phases: {', '.join(history.missed())}", now)
 
@@ -166,8 +124,23 @@ class Judge:
         self._history.violate(peer.name, what, at)
 
 
-def _last_stop(peer: Peer) -> float:
-    return peer.stops[-1].ended - peer.stops[-1].began if peer.stops else 0.0
+def windows(samples: Sequence[Mapping[str, int]], name: str) -> tuple[float, float]:
+    """What a process held: the medians of the first and of the last third, after warming up."""
+    values = [sample[name] for sample in samples[int(len(samples) * WARM) :]]
+    third = max(1, len(values) // 3)
+    return median(values[:third]), median(values[-third:])
+
+
+def growth(samples: Sequence[Mapping[str, int]]) -> list[str]:
+    """What a process came to hold more and more of."""
+    if len(samples) < FEWEST_SAMPLES:
+        return []
+    found = []
+    for name, limit in ALLOWED.items():
+        early, late = windows(samples, name)
+        if late > early + limit:
+            found.append(f"{name} grew from {early:,.0f} to {late:,.0f} (medians of {len(samples)} samples; {limit:,} more are allowed)")
+    return found
 
 
 def _brief(said: Any, other: Any) -> str:

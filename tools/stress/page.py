@@ -14,31 +14,31 @@ from pccl.core.types import CallId
 from pccl.engine import Engine
 from pccl.protocol.record import Record
 
-SIZE = mmap.PAGESIZE
-CALLER, ENGINE, DONE = 0, 1, 2
-"""Places: what the worker's loop is about; what its engine is about; calls that are done here and have no verdict."""
+CALLER, ROUNDS, ENGINE, DONE = range(4)
+"""Bytes of the page: what the worker's loop is about; rounds in flight; what its engine is about; calls that are done here and have no
+verdict. Each is written by one thread."""
 WIRING, FETCHING = 1, 2
-"""Bits of the engine's place."""
+"""Values of the engine's byte."""
 
 
 class Phase(Enum):
     """What a fault can hit."""
 
     STARTING = "starting"
-    WAITING = "waiting"
-    """To be admitted; nobody makes links yet."""
+    JOINING = "joining"
+    """Waiting to be admitted; nobody makes links yet."""
     WIRING = "wiring"
     """Links are being made to a newcomer, at it or at a member."""
     UPDATE = "update"
-    HASHING = "hashing"
-    """In sync_state, before the truth is known."""
+    SYNC = "sync_state"
+    """Before the truth is known."""
     TRANSFER = "transfer"
     """In sync_state, after that."""
-    FLIGHT = "flight"
-    """In collectives, some of which are not done here."""
-    DONE = "done"
-    """In collectives, some of which are done here and wait for their verdict."""
-    BETWEEN = "between"
+    COLLECTIVE = "collective"
+    ROUND = "round"
+    DECISION = "decision"
+    """A call is done here and waits for its verdict."""
+    IDLE = "idle"
     """Between calls."""
     LEAVING = "leaving"
 
@@ -48,11 +48,13 @@ class Phase(Enum):
         return self not in (Phase.STARTING, Phase.LEAVING)
 
 
-_CALLER = [Phase.STARTING, Phase.WAITING, Phase.UPDATE, Phase.HASHING, Phase.FLIGHT, Phase.BETWEEN, Phase.LEAVING]
+NEWCOMERS = (Phase.JOINING, Phase.WIRING, Phase.TRANSFER)
+"""Phases that there are only when somebody joins, or that take long only then."""
+_CALLER = [Phase.STARTING, Phase.JOINING, Phase.UPDATE, Phase.SYNC, Phase.COLLECTIVE, Phase.IDLE, Phase.LEAVING]
 
 
 class Page:
-    """One worker's page, at either end. Places are bytes: nothing is ever half written.
+    """One worker's page, at either end.
 
     Args:
         path: of a file, which the driver makes.
@@ -60,35 +62,32 @@ class Page:
 
     def __init__(self, path: Path, *, create: bool = False) -> None:
         if create:
-            path.write_bytes(bytes(SIZE))
+            path.write_bytes(bytes(mmap.PAGESIZE))
         with path.open("r+b") as file:
-            self._memory = mmap.mmap(file.fileno(), SIZE)
+            self._memory = mmap.mmap(file.fileno(), mmap.PAGESIZE)
 
     def close(self) -> None:
         """Give the memory back."""
         self._memory.close()
 
-    def enter(self, phase: Phase) -> None:
+    def enter(self, phase: Phase, *, rounds: int = 0) -> None:
         """The worker's loop goes on to this. Only for phases that its loop knows."""
+        self._memory[ROUNDS] = rounds
         self._memory[CALLER] = _CALLER.index(phase)
 
-    def set_engine(self, bits: int) -> None:
-        """What the engine is about."""
-        self._memory[ENGINE] = bits
-
-    def set_done(self, calls: int) -> None:
-        """How many calls are done and have no verdict."""
-        self._memory[DONE] = min(calls, 255)
+    def note(self, place: int, value: int) -> None:
+        """The engine has come so far."""
+        self._memory[place] = min(value, 255)
 
     def phases(self) -> set[Phase]:
-        """Where the worker is. More than one, if calls in flight differ."""
-        caller, engine, done = _CALLER[self._memory[CALLER]], self._memory[ENGINE], self._memory[DONE]
-        if engine & WIRING and caller in (Phase.WAITING, Phase.UPDATE):
-            return {Phase.WIRING} if caller is Phase.WAITING else {Phase.WIRING, Phase.UPDATE}
-        if caller is Phase.HASHING and engine & FETCHING:
+        """Where the worker is. More than one, if calls are in flight."""
+        caller, rounds, engine, done = _CALLER[self._memory[CALLER]], *self._memory[ROUNDS : DONE + 1]
+        if engine == WIRING and caller in (Phase.JOINING, Phase.UPDATE):
+            return {Phase.WIRING} if caller is Phase.JOINING else {Phase.WIRING, Phase.UPDATE}
+        if caller is Phase.SYNC and engine == FETCHING:
             return {Phase.TRANSFER}
-        if caller is Phase.FLIGHT and done:
-            return {Phase.FLIGHT, Phase.DONE}
+        if caller is Phase.COLLECTIVE:
+            return {caller, *([Phase.ROUND] if rounds else []), *([Phase.DECISION] if done else [])}
         return {caller}
 
 
@@ -97,31 +96,31 @@ def watch_engines(page: Page) -> None:
     done: set[CallId] = set()
 
     def links(engine: Engine, *args: Any) -> None:
-        page.set_engine(WIRING)
+        page.note(ENGINE, WIRING)
+
+    def agreed(engine: Engine, *args: Any) -> None:
+        page.note(ENGINE, FETCHING)
 
     def nothing(engine: Engine, *args: Any) -> None:
-        page.set_engine(0)
-
-    def agreed(engine: Engine, comm: int, record: Record, payload: bytes) -> None:
-        page.set_engine(FETCHING)
+        page.note(ENGINE, 0)
 
     def send(engine: Engine, message: object) -> None:
         if isinstance(message, Done):
             done.add(message.call)
-            page.set_done(len(done))
+            page.note(DONE, len(done))
 
     def begun(engine: Engine, comm: int, record: Record) -> None:
         done.discard(record.id)  # it may be another attempt
-        page.set_done(len(done))
+        page.note(DONE, len(done))
 
     def ended(engine: Engine, comm: int, record: Record, *args: Any) -> None:
         begun(engine, comm, record)
-        page.set_engine(0)
+        page.note(ENGINE, 0)
 
     def out(engine: Engine, *args: Any) -> None:
         done.clear()
-        page.set_done(0)
-        page.set_engine(0)
+        page.note(DONE, 0)
+        page.note(ENGINE, 0)
 
     for name, note in {
         "make_links": links,
