@@ -292,7 +292,7 @@ class Part:
         for spare in self._spares:
             engine.give_spare(spare)
         self._spares.clear()
-        self._undo = None
+        self._undo = self._transfer = None
         self._staged_out = False
         self._source = self._target = None
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import pytest
 
+import pccl
 from pccl.calls import Part
 from pccl.collectives.tensors import memory_of
 from pccl.core.types import Epoch, Member, View
@@ -26,3 +32,22 @@ VIEW = View(Epoch(1, 1, 1), 0, tuple(Member(uid, f"peer {uid}", "here") for uid 
 def test_buffers_of_the_right_size_fit_the_membership(collective: str, given: int, got: int, fits: bool) -> None:
     x, out = memory_of(np.zeros(given), "x"), memory_of(np.zeros(got), "out", write=True)
     assert (Part(collective, collective, x=x, out=out).misfit(VIEW) == "") is fits
+
+
+async def test_a_round_that_has_ended_holds_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with pccl.Master() as master, pccl.connect(master.address) as comm:
+        engine, spares = comm._runtime.engine, []
+        give = engine.spare
+
+        def spare(nbytes: int) -> npt.NDArray[Any]:
+            found = give(nbytes)
+            spares.append(weakref.ref(found))
+            return found
+
+        monkeypatch.setattr(engine, "spare", spare)
+        async with comm.round() as calls:
+            pending = [calls.all_reduce(np.ones(1000)) for _ in range(3)]
+        assert [call.info.world_size for call in pending] == [1, 1, 1]
+        gc.collect()
+        assert len(spares) == 3
+        assert len([ref for ref in spares if ref() is not None]) == 1  # the engine keeps one for the next call
