@@ -1,4 +1,4 @@
-"""What the README and the examples show runs as it stands."""
+"""What the README, the examples and the documents show runs as it stands, and is true."""
 
 from __future__ import annotations
 
@@ -6,11 +6,17 @@ import asyncio
 import os
 import re
 import sys
+import textwrap
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import xxhash
 
 import pccl
+from pccl.core import codec, frames, messages
+from pccl.core.types import CallId, Epoch
 
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text()
@@ -52,11 +58,91 @@ async def test_example_for_two_machines() -> None:
     assert two.splitlines()[-1] == last
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(([\w/.]+)\)", README))))
-def test_links_of_the_readme_lead_somewhere(path: str) -> None:
-    if path.startswith("docs/") and not (ROOT / "docs").exists():
-        pytest.skip("the documents are not in this distribution")
-    assert (ROOT / path).is_file()
+DOCUMENTS = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_somewhere(name: str) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", DOCUMENTS[name]):
+        path, _, anchor = target.partition("#")
+        found = (ROOT / name).parent / path
+        assert found.is_file(), target
+        headings = re.findall(r"^#+ (.*)$", found.read_text(), re.MULTILINE)
+        assert not anchor or anchor in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings], target
+
+
+FRAGMENTS = re.findall(r"```python\n(.*?)```", DOCUMENTS["docs/concepts.md"], re.DOTALL)
+
+
+@pytest.mark.parametrize("source", FRAGMENTS, ids=range(len(FRAGMENTS)))
+async def test_fragments_of_the_concepts_run(source: str) -> None:
+    """Each with a group of its own, of one peer."""
+    names: dict[str, Any] = {"pccl": pccl, "np": np, "asyncio": asyncio}
+    kind = "async def" if "async" in source else "def"
+    exec(f"{kind} main(address):\n" + textwrap.indent(source, "    "), names)
+    async with pccl.Master() as master:
+        await (names["main"](master.address) if kind == "async def" else asyncio.to_thread(names["main"], master.address))
+
+
+def test_timeouts_of_the_guarantees_are_the_defaults() -> None:
+    rows = re.findall(r"^\| [^|]+ \| ([^|]+) \| (`[^|]+`) \|$", DOCUMENTS["docs/guarantees.md"], re.MULTILINE)
+    told = {name for _, names in rows for name in re.findall(r"`(\w+)`", names)}
+    assert {"heartbeat_timeout", "stall_timeout", "takeover_timeout", "timeout", "path_timeout", "dial_timeout"} <= told
+    for text, names in rows:
+        for name in re.findall(r"`(\w+)`", names):
+            default = getattr(pccl.Options(), name)
+            assert name in ("timeout", "heartbeat_interval") or f"{default:g} s" in text, name
+
+
+# --- docs/protocol.md ---------------------------------------------------------------------------------------------------
+
+PROTOCOL = DOCUMENTS["docs/protocol.md"]
+
+
+def test_protocol_names_every_message() -> None:
+    rows = re.findall(r"^\| (\d+) \| `(\w+)` \| ([\w, ]+) \|", PROTOCOL, re.MULTILINE)
+    told = {int(code): (name, *fields.split(", ")) for code, name, fields in rows}
+    assert len(rows) == len(told)
+    assert told == {code: (cls.__name__, *codec._code_of[cls][1]) for code, (cls, _) in codec._class_of.items()}
+
+
+def test_examples_of_messages() -> None:
+    welcome = messages.Welcome(rid=7, heartbeat_interval=0.5)
+    overdue = messages.Overdue(comm=0, epoch=EPOCH, call=CallId(None, 12), reason=messages.Reason.DEADLINE, detail="late")
+    for example in (welcome, overdue):
+        assert f"    {type(example).__name__}(" in PROTOCOL
+        assert f"    {codec.encode(example).hex(' ')}\n" in PROTOCOL
+
+
+EPOCH = Epoch(1, 7, 3)
+
+
+def test_example_of_a_header() -> None:
+    packed = frames.pack_header(frames.Header(frames.Kind.DATA, EPOCH, call=12, length=8, signature=0x1122334455667788))
+    assert packed.hex(" ") in " ".join(PROTOCOL.split())
+    assert f"A header of {len(packed)} bytes" in PROTOCOL
+
+
+def test_table_of_the_header() -> None:
+    header = frames.Header(frames.Kind.DATA, Epoch(11, 12, 13), call=14, sub=15, channel=16, position=17, length=18, signature=19)
+    packed = frames.pack_header(header)
+    rows = re.findall(r"^\| (\d+)(?:-(\d+))? \| (\w*) \|", PROTOCOL, re.MULTILINE)
+    found = {name: int.from_bytes(packed[int(first) : int(last or first) + 1], "little") for first, last, name in rows}
+    expected: dict[str, int] = header._asdict() | header.epoch._asdict() | {"magic": 0x5043, "check": xxhash.xxh32_intdigest(packed[:48])}
+    del expected["epoch"]
+    assert found == expected
+
+
+def test_kinds_and_limits_of_frames() -> None:
+    assert ", ".join(f"{kind.value} {kind.name}" for kind in frames.Kind) in PROTOCOL
+    assert f"at most {frames.MAX_PAYLOAD >> 20} MiB" in PROTOCOL
+    assert f"at most {codec.MAX_MESSAGE >> 20} MiB" in PROTOCOL
+    assert f"Version {messages.PROTOCOL_VERSION}." in PROTOCOL
+    for seal in (frames.SEAL_GOOD, frames.SEAL_ABORTED):
+        assert f"`{seal.decode()}`" in PROTOCOL
+
+
+# --- commands -----------------------------------------------------------------------------------------------------------
 
 
 def test_commands_of_the_readme_exist() -> None:
