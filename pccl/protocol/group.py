@@ -148,6 +148,8 @@ class Group:
                 ledger.overdue(peer.uid, m, now)
             else:
                 self._leave(peer, ledger, m)
+            if self._admission and self._admission.call and self._admission.call.verdict:
+                self._give_up_links()  # a member has ended the update: the newcomers wait for the next
 
     def disconnect(self, conn: object, now: float) -> None:
         """A connection closed, or fell silent."""
@@ -433,7 +435,7 @@ class Group:
         else:
             self._found(admission.newcomers)
 
-    def _give_up_links(self, lost: Peer) -> Admission[Peer, Call] | None:
+    def _give_up_links(self, lost: Peer | None = None) -> Admission[Peer, Call] | None:
         """Those on their way in wait again, first in line; links that were to be made again, still are."""
         admission, self._admission = self._admission, None
         if admission:

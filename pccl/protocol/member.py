@@ -127,7 +127,7 @@ class Membership:
         op = record.op
         if self.in_flight >= self._max_in_flight:
             raise InvalidArgument(f"{op.description}: {self._max_in_flight} calls are in flight already, as many as max_in_flight allows")
-        if op.tag is not None and any(r.op.tag == op.tag and r.op.pair == op.pair for r in (*self._open.values(), *self._queue)):
+        if op.tag is not None and any(r.op.tag == op.tag and r.op.pair == op.pair for r in (*self._open.values(), *self._queue) if not r.told):
             raise InvalidArgument(f"tag: {op.tag!r} is in use by a call that has not ended; a tag is free again when its call has")
         if self.stopped or self._update or self._queue:
             self._queue.append(record)
