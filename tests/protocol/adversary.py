@@ -1,5 +1,6 @@
-"""A seeded adversary: programs in lockstep on real machines, with messages as late as it likes, deaths, false evictions, restarts of the master,
-deadlines and cancellations at any step. In the end time passes, everything is delivered, and every call must have ended.
+"""A seeded adversary: programs in lockstep on real machines, with messages as late as it likes, deaths, false evictions,
+restarts of the master, deadlines and cancellations at any step. In the end time passes, everything is delivered, and every
+call must have ended.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 from pccl.core.codec import encode
 from pccl.core.messages import Reason, SplitAsk
 from pccl.core.options import Options
+from pccl.protocol.member import Membership
+from pccl.protocol.peer import ROOT
 from tests.protocol.cluster import Call, Cluster, Node
 
 
@@ -24,11 +27,12 @@ class Limits:
     joins: int = 0
     leaves: int = 0
     links: int = 0
+    freezes: int = 0
 
 
 class Adversary:
-    """Runs one program text on all nodes. u update, c collective, r collective with retry, t tagged, p plain (atomic=False), s split; several of them in
-    flight where `window` allows.
+    """Runs one program text on all nodes. u update, c collective, r collective with retry, t tagged, p plain (atomic=False), s
+    split, x a collective of the communicator that the last split made; several of them in flight where `window` allows.
     """
 
     def __init__(self, seed: int, *, nodes: str = "ABC", text: str = "uc", limits: Limits, window: int = 1, calls: int = 6) -> None:
@@ -49,7 +53,7 @@ class Adversary:
             actions = self.actions()
             if not actions:
                 break
-            name, weight, action = self.random.choices(actions, [w for _, w, _ in actions])[0]
+            name, _, action = self.random.choices(actions, [w for _, w, _ in actions])[0]
             self.log.append(name)
             action()
             self.cluster.check()
@@ -61,6 +65,8 @@ class Adversary:
         for n in c.nodes:
             if not n.alive and n.conn is not None:
                 c.notice(n)
+            elif n.alive and n.ended is None and n.conn is None:
+                n.connect()
         for _ in range(60):
             c.run()
             for n in list(c.nodes):
@@ -72,17 +78,18 @@ class Adversary:
         self.finish_programs()
 
     def finish_programs(self) -> None:
-        """Whoever is behind (it joined late, or a member left) brings the others' calls to an end by making its own; then all must have ended."""
+        """Whoever is behind (it joined late, or a member left) brings the others' calls to an end by making its own; then all
+        must have ended.
+        """
         c = self.cluster
-        for _ in range(40):
+        for _ in range(200):
             c.run()
             c.tick(0.3)
             members = [n for n in c.nodes if n.member and n not in self.leavers]
-            stuck = [x for n in members for x in self.made[n] if x.outcome is None]
-            if not stuck:
+            if all(x.outcome for n in members for x in self.made[n]):
                 break
             for n in members:
-                if self.may_call(n):
+                if self.may_call(n) and self.is_behind(n, members):
                     self.call(n)
         for n in c.nodes:
             if n.alive and n not in self.leavers:
@@ -107,9 +114,10 @@ class Adversary:
                 out.append((f"{n.name} hears", 6, lambda n=n: c.to_node(n)))
             if n.ended is not None:
                 continue
-            for call in n.moving:
-                if n.can_complete(call):
-                    out.append((f"{n.name} done with {call.record.id}", 5, lambda n=n, x=call: n.complete(x)))
+            if n.conn is None:
+                out.append((f"{n.name} connects again", 1, n.connect))
+            ready = [x for x in n.moving if n.can_complete(x)]
+            out += [(f"{n.name} done with {x.record.id}", 5, lambda n=n, x=x: n.complete(x)) for x in ready]
             if self.may_call(n) and self.place[n] < self.calls:
                 out.append((f"{n.name} calls", 5, lambda n=n: self.call(n)))
             if lim.stops:
@@ -121,6 +129,8 @@ class Adversary:
                 out.append((f"{n.name} dies", 0.2, lambda n=n: self.die(n)))
             if lim.evictions and n.member and len(alive) > 1:
                 out.append((f"master takes {n.name} for lost", 0.2, lambda n=n: self.evict(n)))
+            if lim.freezes and n.member and n.conn is not None and len(alive) > 1:
+                out.append((f"{n.name} freezes", 0.2, lambda n=n: self.freeze(n)))
             if lim.leaves and n.member and len(alive) > 1 and self.at_update(n) and n not in self.leavers:
                 out.append((f"{n.name} leaves", 0.3, lambda n=n: self.leave(n)))
             if lim.links and n.member and len(n.peer.root.view.members) > 1:
@@ -130,19 +140,38 @@ class Adversary:
         if lim.joins:
             out.append(("someone connects", 0.4, self.join))
         out.append(("time passes", 0.5, lambda: c.tick(0.05)))
+        out.append(("much time passes", 0.1, lambda: c.tick(1.0)))
         return out
+
+    def is_behind(self, n: Node, members: list[Node]) -> bool:
+        """Whether another member has made a call that this one has not come to."""
+
+        def position(m: Membership) -> int:
+            return m.next_index + sum(m._uses.values()) + len(m._queue)
+
+        newest = max(n.peer.comms)
+        return any(position(n.peer.comms[k]) < position(o.peer.comms[k]) for k in {ROOT, newest} for o in members if k in o.peer.comms)
 
     def may_call(self, n: Node) -> bool:
         if not n.member or n in self.leavers:
             return False
-        return sum(1 for x in self.made[n] if x.outcome is None) < self.window
+        open_ = [x for x in self.made[n] if x.outcome is None]
+        kind = self.kind(n)
+        if (kind == "t" and any(x.tag for x in open_)) or (kind == "x" and any(x.description == "s" for x in open_)):
+            return False
+        return len(open_) < self.window
+
+    def kind(self, n: Node) -> str:
+        return self.text[self.place[n] % len(self.text)]
 
     def at_update(self, n: Node) -> bool:
-        return self.text[self.place[n] % len(self.text)] == "u" and all(x.outcome for x in self.made[n])
+        return self.kind(n) == "u" and all(x.outcome for x in self.made[n])
 
     def call(self, n: Node) -> None:
-        kind = self.text[self.place[n] % len(self.text)]
+        kind = self.kind(n)
         self.place[n] += 1
+        if kind == "x" and not n.subs:
+            return  # it came after the split
         made = {
             "u": lambda: Call("update()", is_update=True, retry=True),
             "c": lambda: Call("c"),
@@ -150,6 +179,7 @@ class Adversary:
             "t": lambda: Call("t", tag="t", retry=True),
             "p": lambda: Call("p", atomic=False),
             "s": lambda: Call("s", body=encode(SplitAsk(0, 0)), retry=True),
+            "x": lambda: Call("x", comm=n.subs[-1].comm, retry=True),
         }[kind]()
         self.made[n].append(made)
         n.call(made)
@@ -173,9 +203,14 @@ class Adversary:
         self.leavers.add(n)
         n.leave()
 
+    def freeze(self, n: Node) -> None:
+        """The master takes it for lost, and it hears of that when it connects again; until then it goes on, unheard."""
+        self.limits.freezes -= 1
+        self.cluster.notice(n)
+
     def restart(self) -> None:
         self.limits.restarts -= 1
-        self.cluster.restart()
+        self.cluster.restart(reconnect=False)
 
     def join(self) -> None:
         self.limits.joins -= 1

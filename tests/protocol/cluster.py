@@ -1,7 +1,9 @@
-"""Real protocol machines (a `Group` and one `Peer` per process) with queues between them, and a test that decides what happens next.
+"""Real protocol machines (a `Group` and one `Peer` per process) with queues between them, and a test that decides what happens
+next.
 
-Data is abstracted as in the models: a member may have a call's result as soon as every member of its epoch has started the call in that epoch. Everything
-else (messages in order per connection and arbitrarily late, crashes, restarts of the master) is up to the test.
+Data is abstracted as in the models: a member may have a call's result as soon as every member of its epoch has started the
+call in that epoch. Everything else (messages in order per connection and arbitrarily late, crashes, restarts of the master)
+is up to the test.
 """
 
 from __future__ import annotations
@@ -66,7 +68,7 @@ class Node:
         self.calls: list[Call] = []
         self.started: set[tuple[Epoch, CallId]] = set()
         """attempts whose data this node has put on its way"""
-        self.moving: set[Call] = set()
+        self.moving: dict[Call, None] = {}
         self.views: list[View] = []
         self.ended: str | None = None
         self.links: list[Prepare] = []
@@ -104,7 +106,7 @@ class Node:
         return all((comm.epoch, call.record.id) in n.started for n in nodes)
 
     def complete(self, call: Call) -> None:
-        self.moving.discard(call)
+        self.moving.pop(call, None)
         self.peer.comms[call.comm].complete(call.record, self.cluster.now)
 
     def expire(self, call: Call, reason: int, detail: str = "test") -> None:
@@ -128,12 +130,12 @@ class Node:
         call = record.op
         assert isinstance(call, Call)
         self.started.add((self.peer.comms[comm].epoch, record.id))
-        self.moving.add(call)
+        self.moving[call] = None
         if call.body and isinstance(codec.decode(call.body), SplitAsk):
             self.complete(call)
 
     def halt(self, comm: int, record: Record) -> None:
-        self.moving.discard(record.op)  # type: ignore[arg-type]
+        self.moving.pop(record.op, None)  # type: ignore[call-overload]
 
     def restore(self, comm: int, record: Record) -> None:
         assert isinstance(record.op, Call)
@@ -150,7 +152,7 @@ class Node:
         assert isinstance(call, Call)
         assert call.outcome is None, "a caller was told twice"
         call.outcome = outcome
-        self.moving.discard(call)
+        self.moving.pop(call, None)
         self.views.append(outcome.view)
         if record.id.n >= 0 and not call.is_update:
             if outcome.committed and call.atomic:
@@ -266,7 +268,7 @@ class Cluster:
         """A node hears the next message of the master."""
         if not node.inbox or not node.alive:
             return False
-        rid, data = node.inbox.popleft()
+        _, data = node.inbox.popleft()
         if node.ended is None:
             node.peer.receive(codec.decode(data), self.now)
         return True

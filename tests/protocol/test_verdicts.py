@@ -48,7 +48,8 @@ def test_a_loss_aborts_or_retries(retry: bool) -> None:
     c.notice(c["C"])
     c.run()
     a, b, _ = calls
-    assert a.outcome and b.outcome
+    assert a.outcome
+    assert b.outcome
     assert a.outcome.committed == b.outcome.committed == retry
     assert [m.name for m in a.outcome.view.lost] == ["C"]
     assert a.outcome.view.world_size == 2
