@@ -89,6 +89,8 @@ class Sync(Operation):
         self._unchanged: set[Want] = set()
         """Blocks of the truth that this member has already"""
         self._holders: list[int] = []
+        self._wrong: set[int] = set()
+        """Members that have sent something that is not what its hash says"""
         self._sources: dict[int, str] = {}
         self._exchange: Exchange | None = None
         self._moved = [0, 0]
@@ -147,7 +149,7 @@ class Sync(Operation):
         assert isinstance(answer, Truth)
         self._truth = answer
         mine = self.engine.membership(0).uid
-        self._holders = self._sources_for(mine, answer.holders)
+        self._holders = [uid for uid in self._sources_for(mine, answer.holders) if uid not in self._wrong]
         if answer.digest != self._digest:
             self._digest = answer.digest
             self._manifest = None
@@ -253,6 +255,8 @@ class Sync(Operation):
         if not holders and self._missing:
             self.engine.fail(self, "no other member holds the state")
             return
+        if self._manifest is None:
+            holders = holders[:1]  # its hash is that of the whole: who has sent it is to blame
         room = WINDOW - sum(exchange.due(uid) for uid in holders)
         while self._todo and room > 0:
             uid = min(holders, key=exchange.due)
@@ -322,8 +326,8 @@ class Sync(Operation):
             assert self._manifest is not None
             expected = self._manifest.items[want.item].hash_of(want.block)
             if expected is not None and digest_of(data) != expected:
-                self._distrust(uid)
                 self._todo.append(want)
+                self._distrust(uid)
             else:
                 self._fetched[want] = data
                 self._missing.discard(want)
@@ -343,17 +347,21 @@ class Sync(Operation):
             if self._exchange:
                 self._exchange.refresh()
         except WireError:
-            self._distrust(uid)
-            assert self._truth is not None
             self._manifest = None
-            self.agreed(self._truth)
+            self._distrust(uid)
+            if self._holders:
+                assert self._truth is not None
+                self.agreed(self._truth)
             return
         self._plan()
 
     def _distrust(self, uid: int) -> None:
         """A holder has sent something wrong: do without it, if there are others."""
-        if len(self._holders) > 1 and uid in self._holders:
+        self._wrong.add(uid)
+        if uid in self._holders:
             self._holders.remove(uid)
+            if not self._holders:
+                self.engine.fail(self, f"what {self._names[uid]} sent is not what it had hashed: does it write to its state meanwhile?")
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
