@@ -281,6 +281,11 @@ class Transfer:
         self._scratch.clear()
         self._parked.clear()
 
+    def forget(self) -> None:
+        """It is over. It and its streams know each other: without this, its buffers would wait for the garbage collector."""
+        self._ins.clear()
+        self._outs.clear()
+
     # --- what flows ask ---------------------------------------------------------------------------------------------
 
     def in_stream(self, flow: Flow, header: Header) -> InStream | None:

@@ -292,6 +292,8 @@ class Part:
         for spare in self._spares:
             engine.give_spare(spare)
         self._spares.clear()
+        if self._transfer:
+            self._transfer.forget()
         self._undo = self._transfer = None
         self._staged_out = False
         self._source = self._target = None

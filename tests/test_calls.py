@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -34,20 +36,35 @@ def test_buffers_of_the_right_size_fit_the_membership(collective: str, given: in
     assert (Part(collective, collective, x=x, out=out).misfit(VIEW) == "") is fits
 
 
+@pytest.fixture
+def _no_collector() -> Iterator[None]:
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("_no_collector")
 async def test_a_round_that_has_ended_holds_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with pccl.Master() as master, pccl.connect(master.address) as comm:
-        engine, spares = comm._runtime.engine, []
-        give = engine.spare
+    """Not even until the collector comes: big tensors are few objects, so that it may take its time."""
+    spares: list[weakref.ref[npt.NDArray[Any]]] = []
 
-        def spare(nbytes: int) -> npt.NDArray[Any]:
-            found = give(nbytes)
-            spares.append(weakref.ref(found))
-            return found
+    async def peer(address: str) -> list[pccl.Info]:
+        async with pccl.connect(address, min_world_size=2) as comm:
+            engine = comm._runtime.engine
+            give = engine.spare
 
-        monkeypatch.setattr(engine, "spare", spare)
-        async with comm.round() as calls:
-            pending = [calls.all_reduce(np.ones(1000)) for _ in range(3)]
-        assert [call.info.world_size for call in pending] == [1, 1, 1]
-        gc.collect()
-        assert len(spares) == 3
-        assert len([ref for ref in spares if ref() is not None]) == 1  # the engine keeps one for the next call
+            def spare(nbytes: int) -> npt.NDArray[Any]:
+                found = give(nbytes)
+                spares.append(weakref.ref(found))
+                return found
+
+            monkeypatch.setattr(engine, "spare", spare)
+            async with comm.round() as calls:
+                pending = [calls.all_reduce(np.ones(100_000)) for _ in range(3)]
+            assert len([ref for ref in spares if ref() is not None]) <= 1 + 3  # the engine keeps one for the next call; the other peer
+            return [call.info for call in pending]
+
+    async with pccl.Master() as master:
+        infos = await asyncio.gather(peer(master.address), peer(master.address))
+    assert [info.world_size for info in infos[0] + infos[1]] == [2] * 6
+    assert len(spares) == 6
