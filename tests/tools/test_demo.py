@@ -223,6 +223,24 @@ def test_plan(peers: int) -> None:
         assert {plan.victim, plan.witness} <= set(range(peers))
 
 
+@pytest.mark.parametrize(("digest", "accuracy", "code"), [(DIGEST, 0.95, 0), ("f" * 32, 0.95, FAILED), (DIGEST, 0.9499, FAILED)])
+def test_exit_code(
+    digest: str, accuracy: float, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    history = played(digest)
+    history.peers["peer-2"].accuracy = accuracy
+
+    async def play(self: driver.Driver) -> None:
+        vars(self._history).update(vars(history))
+
+    monkeypatch.setattr(driver.Driver, "play", play)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert run("demo", "--peers", "2", "--plot", str(tmp_path / "a.png")) == code
+    shown = capsys.readouterr().out
+    assert ("FAILED" in shown) == bool(code)
+    assert "(pip install 'aiopccl[plot]')" in shown
+
+
 # --- processes --------------------------------------------------------------------------------------------------------
 
 

@@ -53,7 +53,7 @@ def demo_command(
     report.show(console)
     if json_file:
         json_file.write_text(json.dumps(report.as_dict(), indent=1) + "\n")
-    console.print(_picture(history, plot), highlight=False, soft_wrap=True)
+    console.print(_picture(history, plot), highlight=False, markup=False, soft_wrap=True)
     raise typer.Exit(0 if report.passed else FAILED)
 
 
