@@ -243,6 +243,8 @@ class Transfer:
         self._outs = {key: OutStream(self, flows[key[0]], key[1], units) for key, units in prog.outs.items()}
         self._flows = {flows[rank]: rank for rank in prog.peers}
         self._flow_of = {rank: flow for flow, rank in self._flows.items()}
+        self._met: set[int] = set()
+        """Ranks of which data has come: they have entered"""
 
     # --- life -------------------------------------------------------------------------------------------------------
 
@@ -296,6 +298,13 @@ class Transfer:
             if not self.halted:
                 self.host.mismatch(self, flow)
             return None
+        rank = self._flows[flow]
+        if rank not in self._met:  # it grants no more what it grants lazily, so what is sent from now on must not count as a share
+            self._met.add(rank)
+            totals = {key: self.layout.out_totals[key] * self._item for key in self._outs if key[0] == rank}
+            if sum(totals.values()) <= UNCREDITED_PER_CALL:
+                for key, total in totals.items():
+                    self._outs[key].limit = total
         return stream
 
     def credited(self, flow: Flow, header: Header) -> None:
