@@ -124,7 +124,8 @@ class Flow:
         self._control: deque[Header] = deque()
         self._lazy: dict[CallKey, list[Header]] = {}
         """Credits that can wait: the sender has all it needs, they only return its share"""
-        self._shares: dict[CallKey, int] = {}
+        self._shares: dict[CallKey, tuple[int, int]] = {}
+        """Bytes outstanding without credit, with headers and without"""
         self._share_total = 0
         self._early: dict[CallKey, list[tuple[Header, bytearray]]] = {}
         self._early_bytes = 0
@@ -244,23 +245,24 @@ class Flow:
         if stream.position + length <= stream.limit:
             return True
         key = stream.transfer.key
-        share = self._shares.get(key, 0)
-        if share + length > UNCREDITED_PER_CALL:
+        share, payload = self._shares.get(key, (0, 0))
+        if payload + length > UNCREDITED_PER_CALL:
             return False  # the credit will offer the stream again
         if self._share_total + length + FRAME_OVERHEAD > UNCREDITED_PER_PEER:
             self._capped.append(stream)
             return False
-        self._shares[key] = share + length + FRAME_OVERHEAD
+        self._shares[key] = share + length + FRAME_OVERHEAD, payload + length
         self._share_total += length + FRAME_OVERHEAD
         return True
 
     def _return_share(self, key: CallKey) -> None:
-        share = self._shares.pop(key, 0)
+        share, _ = self._shares.pop(key, (0, 0))
         if share:
             self._share_total -= share
             capped, self._capped = self._capped, []
             for stream in capped:
-                self.offer(stream)
+                if stream.is_ready():  # a credit may have sent it since
+                    self.offer(stream)
 
     def frame_sent(self, link: Link, frame: OutFrame) -> None:
         """A slice is out."""

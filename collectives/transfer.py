@@ -250,9 +250,13 @@ class Transfer:
 
     def start(self) -> None:
         """Begin: grant credits, take what came early, and offer what can be sent."""
+        totals = dict.fromkeys(self.program.peers, 0)
+        for (rank, _), stream in self._ins.items():
+            totals[rank] += stream.total
         for (rank, channel), stream in self._ins.items():
-            if stream.total:
-                self._flow_of[rank].grant(self.key, channel, stream.limit, self.signature, lazy=stream.total <= UNCREDITED_PER_CALL)
+            if stream.total:  # what a peer may send without being asked, it does not wait for
+                lazy = totals[rank] <= UNCREDITED_PER_CALL
+                self._flow_of[rank].grant(self.key, channel, stream.limit, self.signature, lazy=lazy)
         for flow in self._flows:
             frames, credits = flow.take_early(self.key)
             for header in credits:

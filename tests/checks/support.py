@@ -9,7 +9,7 @@ import asyncio
 import gc
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
@@ -56,6 +56,19 @@ async def members(address: str, world: int, **settings: Any) -> AsyncIterator[li
         yield sorted(comms, key=lambda comm: comm.rank)
     finally:
         await asyncio.gather(*(comm.close() for comm in comms))
+
+
+async def admit(address: str, comms: Sequence[Communicator], name: str, **settings: Any) -> Communicator:
+    """Have one more peer join, while these, who are all of the group, update until they have let it in."""
+    world = comms[0].world_size + 1
+
+    async def update(comm: Communicator) -> None:
+        while comm.world_size < world:
+            await comm.update()
+
+    newcomer = asyncio.create_task(join(address, name, world, **settings))
+    await each([*(update(comm) for comm in comms), newcomer])
+    return await newcomer
 
 
 async def each(calls: Iterable[Awaitable[T]], *, within: float = 50.0) -> list[T]:
