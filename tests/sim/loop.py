@@ -1,7 +1,7 @@
 """An asyncio event loop with virtual time, on which each callback belongs to a node that can be stopped.
 
-Time stands still while anything is ready and jumps to the next timer when nothing is. A node is a `contextvars` value: whatever a node's code schedules
-inherits it, so that a node can be frozen (its callbacks wait) or killed (they never run) without its code knowing.
+Time stands still while anything is ready and jumps to the next timer when nothing is. A node is a `contextvars` value: whatever a node's
+code schedules inherits it, so that a node can be frozen (its callbacks wait) or killed (they never run) without its code knowing.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         future = self.create_future()
         try:
             result = func(*args)
-        except Exception:
+        except Exception as e:
             self.call_later(0.001, lambda error=e: future.done() or future.set_exception(error))
         else:
             self.call_later(0.001, lambda: future.done() or future.set_result(result))
@@ -88,6 +88,8 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def thaw(self, node: Node) -> None:
         """The node's callbacks that came due meanwhile run now."""
         node.paused = False
+        if node.dead:
+            return
         parked, node.parked = node.parked, []
         for callback, args, context in parked:
             self.call_soon(callback, *args, context=context)
@@ -101,9 +103,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         if self.alarms and self.alarms[0][0] <= self.steps:
             self.alarms.pop(0)[1].set()
         node = NODE.get()
-        if node is not None and node.dead:
-            return
-        if node is not None and node.paused:
+        if node is not None and (node.dead or node.paused):
             node.parked.append((callback, args, context))
         else:
             callback(*args)

@@ -1,7 +1,8 @@
 """What simulated peers run, and the book in which they write what happened, so that it can be checked.
 
-The loop is that of a training job: update, sync_state, some collectives, a deterministic step. Contributions are small integers that depend on who
-gives them and on the step, so that every result can be told from its list of members; after an abort the inputs must be as they were.
+The loop is that of a training job: update, sync_state, some collectives, a deterministic step. Contributions are small integers that depend
+on who gives them and on the step, so that every result can be told from its list of members; after an abort the inputs must be as they
+were.
 """
 
 from __future__ import annotations
@@ -350,15 +351,16 @@ class Trainer:
             self.committed(r._operation, f".{i}", h.info, x, expected)
         return k, float(sum(x.sum() for x in xs) % 1000)
 
-    async def timed(self, awaitable: Any, *, cancel: bool = False) -> Any:
-        """Await a call; perhaps cancel it; note how long it took."""
+    def timed(self, call: Any, *, cancel: bool = False) -> Any:
+        """Make a call, and await it; perhaps cancel it; note how long it took."""
+        # always a task, so that calls begin in the same order whether or not somebody cancels
+        return self._timed(asyncio.ensure_future(call), cancel)
+
+    async def _timed(self, task: asyncio.Future[Any], cancel: bool) -> Any:
         began = self.world.loop.time()
         try:
-            task = asyncio.ensure_future(
-                awaitable
-            )  # always, so that calls begin in the same order on those that cancel and those that do not
             if cancel and self.own.random() < self.plan.cancel and self.book.counts["cancelled"] < CANCELS:
-                await asyncio.sleep(self.own.random() * 0.02)
+                await asyncio.sleep(self.own.random() * self.own.choice((0.02, 0.2)))
                 task.cancel()
                 self.book.counts["cancelled"] += 1
                 try:

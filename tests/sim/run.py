@@ -221,9 +221,11 @@ def _bury(loop: VirtualLoop, sim: Run | None) -> None:
     """End what is left, quietly: tasks of dead nodes, and everyone's after a violation."""
     if sim:
         sim.result.book.closed = True
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
         for node in sim.world.nodes.values():
-            node.dead = node.paused = False
-            node.parked.clear()
+            node.dead = False
+            loop.thaw(node)
     for _ in range(20):
         tasks = [t for t in asyncio.all_tasks(loop) if not t.done()]
         if not tasks:
