@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from pccl.core.messages import Reason
+import pytest
+
+from pccl.core import codec
+from pccl.core.messages import PROTOCOL_VERSION, CallReport, Complaint, Hello, Leave, PeerInfo, Reason, Refused, Report, SplitAsk
+from pccl.core.options import Options
+from pccl.core.types import CallId, Epoch
+from pccl.protocol.peer import ROOT, Standpoint
 from pccl.protocol.record import State
 from tests.protocol.cluster import Call, Cluster, Node
 
@@ -73,9 +79,11 @@ def test_too_few_are_told_at_the_next_call_and_an_update_waits() -> None:
     assert told.outcome.reason == Reason.TOO_FEW
     u = a.update()
     c.run()
-    if committed(u) == [True]:  # it told of the loss
-        u = a.update()
-        c.run()
+    assert committed(u) == [True]  # the loss is its news
+    assert u.outcome
+    assert [m.name for m in u.outcome.view.lost] == ["B"]
+    u = a.update()
+    c.run()
     assert committed(u) == [None]
     c.add("N")
     c.run()
@@ -132,3 +140,433 @@ def test_a_tag_is_free_again_when_its_call_was_cancelled_in_the_queue() -> None:
     b.append(c["B"].call(Call("t", tag="t")))
     c.run()
     assert committed(again, b[1]) == [True, True]
+
+
+def test_those_who_wait_when_the_group_is_gone_begin_a_new_one() -> None:
+    c = Cluster("AB")
+    c.add("J")
+    c.run()
+    for name in "AB":
+        c[name].die()
+        c.notice(c[name])
+    c.run()
+    assert names(c["J"]) == "J"
+    assert c["J"].peer.root.epoch > Epoch(1, 1, 1)
+    assert c["J"].peer.uid == 2
+
+
+def test_a_newcomer_that_cannot_be_reached_by_either_side_stays_out() -> None:
+    c = Cluster("AB")
+    c.add("J")
+    c.run()
+    c.unreachable = {(2, 0), (0, 2), (2, 1), (1, 2)}
+    updates = [c[name].update() for name in "AB"]
+    c.run()
+    assert committed(*updates) == [True, True]
+    assert names(c["A"]) == "AB"
+    assert c["J"].ended == "it can reach too few members of the group"
+
+
+def test_where_the_newcomer_cannot_dial_the_incumbent_does() -> None:
+    c = Cluster("AB")
+    c.add("J")
+    c.run()
+    c.unreachable = {(2, 0), (2, 1)}
+    for name in "AB":
+        c[name].update()
+    c.run()
+    assert names(c["J"]) == "ABJ"
+    assert [p.dial for p in c["A"].links[-1:]] == [(2,)]
+    assert c["J"].peer.root.broken == ()
+
+
+def test_a_pair_without_a_link_is_written_down_for_all() -> None:
+    c = Cluster("AB")
+    c.add("J")
+    c.run()
+    c.unreachable = {(2, 0), (0, 2)}
+    for name in "AB":
+        c[name].update()
+    c.run()
+    assert [n.peer.root.broken for n in c.nodes] == [((0, 2),)] * 3
+    c.restart()
+    c.run()
+    assert [n.peer.root.broken for n in c.nodes] == [((0, 2),)] * 3  # the next master has it from them
+
+
+def test_a_peer_of_another_protocol_version_is_refused() -> None:
+    c = Cluster()
+    info = PeerInfo(b"x" * 16, "X", "host", ("x",), 1)
+    c.group.receive("conn", Hello(PROTOCOL_VERSION + 1, "g", info, False), 0.0)
+    ((to, answer),) = c.group.outbox
+    assert to == ["conn"]
+    assert isinstance(answer, Refused)
+    assert "install the same pccl on both" in answer.detail
+    assert not c.group.pending
+
+
+# --- how members go -------------------------------------------------------------------------------------------------------
+
+
+def test_one_taken_for_lost_hears_so_when_it_is_back() -> None:
+    c = Cluster("ABC")
+    open_ = c["C"].call(Call(retry=True))
+    c.notice(c["C"])
+    c.run()
+    c["C"].connect()
+    c.run()
+    assert c["C"].peer.standpoint is Standpoint.GONE
+    assert c["C"].ended == "its control connection was lost, and the group has gone on"
+    assert committed(open_) == [False]
+    again = [c[name].call(Call(retry=True)) for name in "AB"]
+    c.run()
+    assert committed(*again) == [True, True]
+
+
+def test_a_held_interpreter_is_named_and_later_lost(caplog: pytest.LogCaptureFixture) -> None:
+    c = Cluster("ABC", options=Options(stall_timeout=10.0))
+
+    def beat_all_but_c(seconds: float) -> None:
+        for _ in range(int(seconds * 2)):
+            c.now += 0.5
+            c["A"].peer.beat(0)
+            c["B"].peer.beat(0)
+            c.run()
+            c.group.tick(c.now)
+            c.collect()
+
+    beat_all_but_c(9.0)
+    assert "the interpreter of C is held" in caplog.text
+    assert len(c.group.root.members) == 3  # type: ignore[union-attr]
+    c["C"].peer.beat(0)
+    beat_all_but_c(9.0)
+    assert len(c.group.root.members) == 3  # type: ignore[union-attr]
+    beat_all_but_c(2.0)
+    c.run()
+    assert names(c["A"]) == "AB"
+    assert c["C"].ended == "its interpreter was held for 10 s"
+
+
+def test_a_master_that_was_held_itself_blames_nobody() -> None:
+    c = Cluster("ABC")
+    pass_time(c, 1.0)
+    c.now += 100.0
+    c.group.tick(c.now)
+    c.collect()
+    pass_time(c, 5.0)
+    assert [n.member for n in c.nodes] == [True] * 3
+    assert collective(c, "A", "B", "C") == [True] * 3
+
+
+def test_a_call_that_all_are_in_has_to_move() -> None:
+    c = Cluster("AB", options=Options(stall_timeout=5.0))
+    calls = [n.call(Call()) for n in c.nodes]
+    progress = 0
+
+    def beat(seconds: float, moves: bool) -> None:
+        nonlocal progress
+        for _ in range(int(seconds * 2)):
+            progress += moves
+            c.tick(0.5)
+            for n in c.nodes:
+                n.peer.beat(progress)
+            c.pump()
+
+    beat(20.0, moves=True)
+    assert committed(*calls) == [None, None]
+    beat(6.0, moves=False)
+    assert committed(*calls) == [False, False]
+    assert calls[0].outcome
+    assert calls[0].outcome.reason == Reason.STALL
+    assert "although every member had made the call" in calls[0].outcome.detail
+    assert collective(c, "A", "B") == [True, True]
+
+
+def test_a_complaint_has_the_link_made_again_and_the_call_ends() -> None:
+    c = Cluster("ABC")
+    calls = [n.call(Call(retry=n.name == "A")) for n in c.nodes[:1]] + [c[name].call(Call(retry=True)) for name in "BC"]
+    before = len(c["A"].links)
+    c["A"].peer.link_lost(1, "broken pipe")
+    c.run()
+    assert len(c["A"].links) == before + 1
+    assert c["A"].links[-1].accept == (1,)  # the younger dials
+    assert committed(*calls) == [True] * 3
+    assert {x.record.number for x in calls} == {2}
+    assert names(c["A"]) == "ABC"
+
+
+def test_one_that_reaches_nobody_any_more_has_to_go() -> None:
+    c = Cluster("ABC")
+    c.unreachable = {(a, b) for a in range(3) for b in range(3) if 2 in (a, b)}
+    c["A"].peer.link_lost(2, "broken pipe")
+    c["B"].peer.link_lost(2, "broken pipe")
+    c.run()
+    assert [n.member for n in c.nodes] == [True, True, False]
+    assert c["C"].ended == "it can reach too few members of the group"
+    calls = [c[name].call(Call(retry=True)) for name in "AB"]
+    c.run()
+    assert committed(*calls) == [True, True]
+
+
+def test_complaints_of_another_epoch_or_about_strangers_change_nothing() -> None:
+    c = Cluster("AB")
+    for m in (Complaint(Epoch(1, 1, 0), 1, "late"), Complaint(Epoch(1, 1, 1), 9, "who?")):
+        c.group.receive(c["A"].conn, m, c.now)
+    assert not c.group.outbox
+    assert collective(c, "A", "B") == [True, True]
+
+
+def test_a_leave_takes_effect_although_it_makes_the_group_too_small() -> None:
+    c = Cluster()
+    for name in "ABC":
+        c.add(name, min_world_size=3)
+    c.run()
+    for n in c.nodes:
+        n.update()
+    c["C"].leave()
+    c.run()
+    assert c["C"].ended == "it left"
+    updates = [c[name].update() for name in "AB"]
+    c.run()
+    assert committed(*updates) == [None, None]
+    assert [m.name for m in c["A"].peer.root.view.left] == ["C"]
+    assert names(c["A"]) == "AB"
+    c.add("N")
+    c.run()
+    assert committed(*updates) == [True, True]
+    assert names(c["N"]) == "ABN"
+
+
+def test_a_collective_after_a_leave_that_makes_the_group_too_small() -> None:
+    c = Cluster()
+    for name in "ABC":
+        c.add(name, min_world_size=3)
+    c.run()
+    for n in c.nodes:
+        n.update()
+    c["C"].leave()
+    c.run()
+    calls = [c[name].call(Call(retry=True)) for name in "AB"]
+    c.run()
+    assert committed(*calls) == [False, False]
+    assert {x.outcome.reason for x in calls if x.outcome} == {Reason.TOO_FEW}
+    again = c["A"].call(Call(retry=True))
+    c.run()
+    assert again.outcome
+    assert again.outcome.reason == Reason.TOO_FEW
+
+
+def test_a_leave_of_another_term_is_nobodys() -> None:
+    c = Cluster("AB")
+    c.group.receive(c["A"].conn, Leave(ROOT, Epoch(7, 7, 7), 0), c.now)
+    assert not c.group.outbox
+    assert collective(c, "A", "B") == [True, True]
+
+
+# --- a master that stands in for another ----------------------------------------------------------------------------------
+
+
+def test_numbers_go_on_where_the_last_master_was() -> None:
+    c = Cluster("AB")
+    c.add("J")
+    c.run()
+    for name in "AB":
+        c[name].update()
+    c.run()
+    before = c["A"].peer.root.epoch
+    c.restart()
+    c.run()
+    after = c["A"].peer.root.epoch
+    assert after > before
+    assert (after.term, after.number) == (before.term + 1, before.number + 1)
+    c.add("K")
+    c.run()
+    for _ in range(2):  # the first is the one after J's admission
+        for name in "ABJ":
+            c[name].update()
+        c.run()
+    assert names(c["K"]) == "ABJK"
+    assert c["K"].peer.uid == 3
+
+
+def test_calls_that_nobody_is_in_are_not_touched() -> None:
+    c = Cluster("AB")
+    assert collective(c, "A", "B") == [True, True]
+    c.restart()
+    c.run()
+    assert collective(c, "A", "B") == [True, True]
+    assert not c["A"].peer.root.view.lost
+
+
+def test_an_update_that_waits_for_newcomers_returns_under_the_next_master_and_the_next_one_waits() -> None:
+    c = Cluster()
+    for name in "AB":
+        c.add(name, min_world_size=2)
+    c.run()
+    for name in "AB":
+        c[name].update()
+    c["B"].die()
+    c.notice(c["B"])
+    c.run()
+    told = c["A"].update()
+    c.run()
+    assert committed(told) == [True]
+    waits = c["A"].update()
+    c.run()
+    c.restart()
+    c.run()
+    assert committed(waits) == [True]
+    waits = c["A"].update()
+    c.run()
+    assert committed(waits) == [None]
+    c.add("N")
+    c.run()
+    assert committed(waits) == [True]
+    assert names(c["N"]) == "AN"
+
+
+def test_newcomers_on_their_way_in_come_in_under_the_next_master() -> None:
+    c = Cluster("AB")
+    c.add("J")
+    c.run()
+    updates = [c[name].update() for name in "AB"]
+    for name in "AB":
+        while c.to_master(c[name]):
+            pass
+    while c.to_node(c["J"]):
+        pass
+    assert c["J"].links
+    c.restart()
+    c.run()
+    for _ in range(3):
+        if c["J"].member:
+            break
+        updates = [c[name].update() for name in "AB"]
+        c.run()
+        assert committed(*updates) == [True, True]
+    assert names(c["J"]) == "ABJ"
+    for n in c.nodes:
+        n.update()
+    assert collective(c, "A", "B", "J") == [True] * 3
+
+
+def test_a_loss_that_the_last_master_did_not_finish_telling() -> None:
+    """A has heard of the epoch without C, B has not; the next master puts B into it, and C out."""
+    c = Cluster("ABC")
+    calls = [n.call(Call(retry=True)) for n in c.nodes]
+    c.notice(c["C"])
+    for name in "AB":
+        c.to_node(c[name])
+        c.to_master(c[name])
+    c.to_node(c["A"])
+    assert c["A"].peer.root.epoch > c["B"].peer.root.epoch
+    c.restart()
+    c.run()
+    assert names(c["A"]) == names(c["B"]) == "AB"
+    assert committed(*calls) == [True, True, False]
+    assert c["C"].peer.standpoint is Standpoint.GONE
+    c.check()
+
+
+def test_a_split_whose_commit_the_master_took_with_it() -> None:
+    """A has heard of the new communicator, B has not: the next master gives it to both."""
+    c = Cluster("AB")
+    splits = [n.call(Call("split", body=codec.encode(SplitAsk(0, 0)))) for n in c.nodes]
+    c.pump()  # a split moves no data: both are done
+    assert committed(*splits) == [True, True]
+
+    c = Cluster("AB")
+    splits = [n.call(Call("split", body=codec.encode(SplitAsk(0, 0)))) for n in c.nodes]
+    for name in "AB":
+        while c.to_master(c[name]):
+            pass
+    while c.to_node(c["A"]):
+        pass
+    assert committed(*splits) == [True, None]
+    c.restart()
+    c.run()
+    assert committed(*splits) == [True, True]
+    subs = [n.subs[0] for n in c.nodes]
+    assert subs[0].comm == subs[1].comm
+    calls = [n.call(Call(comm=subs[0].comm)) for n in c.nodes]
+    c.run()
+    assert committed(*calls) == [True, True]
+    assert subs[0].epoch == subs[1].epoch
+
+
+def test_a_sub_communicator_outlives_its_master_and_its_members() -> None:
+    c = Cluster("ABC")
+    splits = [n.call(Call("split", body=codec.encode(SplitAsk(int(n.name == "C"), 0)))) for n in c.nodes]
+    c.run()
+    assert committed(*splits) == [True] * 3
+    sub = c["A"].subs[0].comm
+    assert [m.name for m in c["A"].subs[0].view.members] == ["A", "B"]
+    assert [m.name for m in c["C"].subs[0].view.members] == ["C"]
+    c.restart()
+    c.run()
+    calls = [c[name].call(Call(comm=sub)) for name in "AB"]
+    c.run()
+    assert committed(*calls) == [True, True]
+    c["C"].die()
+    c.notice(c["C"])
+    c.run()
+    calls = [c[name].call(Call(comm=sub)) for name in "AB"]
+    c.run()
+    assert committed(*calls) == [True, True]  # not its member
+    alone = c["A"].call(Call(comm=sub, retry=True))
+    c["B"].die()
+    c.notice(c["B"])
+    c.run()
+    assert committed(alone) == [True]
+    assert [m.name for m in c["A"].subs[0].view.lost] == ["B"]
+
+
+def test_a_leave_that_the_master_took_with_it_is_said_again() -> None:
+    c = Cluster("AB")
+    c["B"].leave()
+    c.restart()
+    c.run()
+    assert c["B"].ended == "it left"
+    calls = [c["A"].call(Call(retry=True))]
+    c.run()
+    assert committed(*calls) == [True]
+    assert names(c["A"]) == "A"
+    assert not c["A"].peer.root.view.lost
+
+
+def test_a_member_that_is_lost_again_while_it_reports_is_waited_for_until_the_timeout() -> None:
+    c = Cluster("ABC")
+    calls = [n.call(Call(retry=True)) for n in c.nodes]
+    c.restart(reconnect=False)
+    c["C"].connect()
+    c.pump()
+    c.notice(c["C"])  # its connection closes after it has reported
+    for name in "AB":
+        c[name].connect()
+    c.run()
+    assert committed(*calls) == [None] * 3
+    c.tick(c.options.heartbeat_timeout + 0.1)
+    c.run()
+    assert committed(*calls) == [True, True, None]
+    assert names(c["A"]) == "AB"
+
+
+def test_garbage_in_a_report_is_found_when_it_comes() -> None:
+    c = Cluster("AB")
+    c.restart(reconnect=False)
+    c["A"].connect()
+    while c.to_master(c["A"]):
+        pass
+    while c.to_node(c["A"]):
+        pass
+    conn, data = c["A"].outbox.pop()
+    report = codec.decode(data)
+    assert isinstance(report, Report)
+    call = CallReport(CallId(None, 0), "D", 1, -1, False, b"\xc1")
+    bad = Report(report.rid, report.peer, report.uid, (report.comms[0]._replace(calls=(call,)),))
+    with pytest.raises(codec.WireError):
+        c.group.receive(conn, bad, c.now)
+    c["A"].outbox.append((conn, data))  # nothing of it was kept: the master goes on with what is good
+    c["B"].connect()
+    c.run()
+    assert names(c["A"]) == names(c["B"]) == "AB"
