@@ -158,8 +158,35 @@ def test_public_methods_are_documented() -> None:
 
 @pytest.mark.process
 def test_import_is_light() -> None:
-    code = "import sys, pccl; print(sorted({'torch', 'zmq', 'uvloop', 'typer', 'rich', 'matplotlib', 'asyncio'} & set(sys.modules)))"
-    assert _run([sys.executable, "-c", code], cwd=ROOT).strip() == "[]"
+    """What takes time to import, or starts anything, comes with its first use: of pccl itself only layer 0, of others numpy and xxhash."""
+    code = (
+        "import sys\n"
+        "before = set(sys.modules)\n"
+        "import pccl\n"
+        "added = set(sys.modules) - before\n"
+        "print(*sorted(m for m in added if m.split('.')[0] == 'pccl'))\n"
+        "tops = {m.split('.')[0] for m in added} - sys.stdlib_module_names - {'pccl'}\n"
+        "print(*sorted(tops))\n"
+        "print(*sorted({'asyncio', 'concurrent.futures', 'multiprocessing', 'socket', 'ssl'} & added))\n"
+    )
+    mine, others, slow = _run([sys.executable, "-c", code], cwd=ROOT).splitlines()
+    assert [m for m in mine.split() if m != "pccl" and part_of(m) != "pccl.core"] == []
+    assert set(others.split()) == {"numpy", "xxhash"}
+    assert slow == ""
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("command", ["--help", "version", "keys --help"])
+def test_small_commands_are_light(command: str) -> None:
+    """Nobody waits for a library that a command does not use."""
+    code = (
+        "import sys\n"
+        "from pccl.tools.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "print(*sorted({'torch', 'matplotlib', 'uvloop', 'pccl.engine'} & set(sys.modules)))\n"
+    )
+    assert _run([sys.executable, "-c", code, *command.split()], cwd=ROOT).splitlines()[-1] == ""
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
