@@ -159,6 +159,8 @@ class Flag(IntEnum):
     """All of the call is known: false for a round whose body still runs, and which therefore has no signature yet."""
     PLAIN = 4
     """``atomic=False``: there is no verdict unless it fails, and `Done` only ends what `Enter` announced."""
+    AFTER_SKIP = 8
+    """In the place just before it the member has skipped an update, of which it told nobody."""
 
 
 @message(3)

@@ -42,6 +42,8 @@ from pccl.protocol.decide import Failure, Ruling, decide
 
 MISMATCH_LINGER = 0.1
 """Seconds that a mismatch waits for the other members' claims, so that the error can name all sides."""
+SKIPPED = (1, "update()")
+"""The claim of a member that skipped an update where others made something else."""
 
 
 class Phase(Enum):
@@ -137,12 +139,19 @@ class Ledger:
         """Members whose next call is to tell them of a loss"""
         self._floor = 0
         self._uses: dict[tuple[object, object], int] = {}
+        self._skipped: dict[int, int] = {}
+        """uid -> index of the last update that it is known to have skipped"""
 
     # --- what members say -------------------------------------------------------------------------------------------
 
     def enter(self, uid: int, m: Enter, now: float) -> None:
         """A member has made a call."""
         if self._current(uid, m.epoch):
+            if m.flags & Flag.AFTER_SKIP:
+                self._skipped[uid] = m.call.n - 1
+                before = self.calls.get(CallId(None, m.call.n - 1))
+                if before and not before.verdict:
+                    self._compare(before, now)
             call = self._claim(uid, m.call, m.signature, m.description, m.payload, now, m.flags)
             if call:
                 self._entered(uid, call)
@@ -407,6 +416,7 @@ class Ledger:
         self._uses = {(t.tag, t.pair): t.uses for t in ruling.tags} if ruling else {}
         self._acks = {uid: self._acks.get(uid, 0) for uid in self.members}
         self._sent = dict.fromkeys(self.members, self._seq)
+        self._skipped = {}
         self.standings = {uid: self.standings.get(uid, 0 if uid in before else next_index) for uid in self.members}
         self.reports, self.lost, self.left, self.cause = {}, {}, {}, (Reason.NONE, "")
 
@@ -465,9 +475,15 @@ class Ledger:
         if payload:
             call.payloads[uid] = payload
             call.asks = type(codec.decode(payload))
+        self._compare(call, now)
+        return call
+
+    def _compare(self, call: Call, now: float) -> None:
+        """Find out whether the members' calls in one place match."""
+        if call.untagged and call.asks is not UpdateAsk:
+            call.claims.update({u: SKIPPED for u, n in self._skipped.items() if n == call.id.n and u in self.members})
         if call.mismatch_at is None and len({s for s, _ in call.claims.values() if s}) > 1:
             call.mismatch_at = now
-        return call
 
     def _entered(self, uid: int, call: Call) -> None:
         """A call was announced: it may be the one that carries news, or one that cannot run with a leaver."""

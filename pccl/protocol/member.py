@@ -396,7 +396,10 @@ class Membership:
 
     def _announce(self, record: Record, payload: bytes) -> None:
         op = record.op
+        before = self._records.get(CallId(None, record.id.n - 1)) if record.untagged else None
         flags = Flag.RETRY * op.retry | Flag.SEALED * op.sealed | Flag.PLAIN * (not op.atomic)
+        if before and before.state is State.SKIPPED:
+            flags |= Flag.AFTER_SKIP
         self.host.send(Enter(self.comm, self.epoch, record.id, self._sign(op), op.description, payload, flags))
         record.announced = True
 

@@ -267,3 +267,27 @@ def test_everyone_leaves() -> None:
     c.add("N")
     c.run()
     assert c["N"].member
+
+
+def test_a_skipped_update_does_not_hide_a_mismatch() -> None:
+    """A collective before the loop (``c | u c c``): a newcomer comes a place early, and skips an update where the others make a call."""
+    c = Cluster("AB")
+    before = [n.call(Call()) for n in c.nodes]
+    c.add("J")
+    c.run()
+    updates = [n.update() for n in c.nodes[:2]]
+    c.run()
+    calls = [n.call(Call()) for n in c.nodes]
+    c.run()
+    assert all(x.outcome and x.outcome.committed for x in (*before, *updates, *calls))
+    others = [n.call(Call()) for n in c.nodes[:2]]
+    skipped = c["J"].update()
+    assert skipped.record.state is State.SKIPPED
+    c["J"].call(Call())
+    for _ in range(2):
+        c.tick(0.2)
+        c.run()
+    for call in others:
+        assert call.outcome
+        assert call.outcome.reason == Reason.MISMATCH
+        assert {claim.description for claim in call.outcome.claims} == {"update()", call.description}
