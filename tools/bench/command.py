@@ -27,7 +27,7 @@ UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 class _Group(TyperGroup):
     """Takes options without a name to be those of the default benchmark."""
 
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if not args or (args[0].startswith("-") and args[0] not in ctx.help_option_names):
             args = [DEFAULT, *args]
         return super().parse_args(ctx, args)
@@ -70,8 +70,8 @@ def _counts(text: str) -> list[int]:
 
 def _peers(text: str) -> list[int]:
     counts = _counts(text)
-    if not all(2 <= count <= 64 for count in counts):
-        raise typer.BadParameter(f"2 to 64 peers are needed, not {text!r}")
+    if not all(2 <= count <= 16 for count in counts):
+        raise typer.BadParameter(f"2 to 16 peers are needed, not {text!r}")
     return counts
 
 
@@ -103,6 +103,9 @@ def _measure(report: Report, work: Coroutine[Any, Any, None], json_file: Path | 
         raise typer.Exit(FAILED) from None
     if json_file:
         report.save(json_file)
+    if any(row.get("wrong") for row in report.rows):
+        typer.echo("pccl bench: results are wrong, see the column #wrong", err=True)
+        raise typer.Exit(FAILED)
 
 
 def _one_of(value: str, allowed: tuple[str, ...], option: str) -> str:
@@ -179,7 +182,7 @@ def busy_command(sizes: Sizes = "4K,1M,64M", peers: Peers = "2,4", seconds: Seco
 
 @bench_app.command("kill")
 def kill_command(
-    peers: Annotated[int, typer.Option(min=3, max=64, help="Processes; one of them gets the signal.")] = 4,
+    peers: Annotated[int, typer.Option(min=3, max=16, help="Processes; one of them gets the signal.")] = 4,
     size: Size = "64M",
     kills: Annotated[int, typer.Option(min=0, help="How often one gets SIGKILL.")] = 20,
     stops: Annotated[int, typer.Option(min=0, help="How often one gets SIGSTOP.")] = 3,
@@ -187,7 +190,10 @@ def kill_command(
     json_file: Json = None,
 ) -> None:
     """Time from a peer's SIGKILL (and SIGSTOP) during an all-reduce to the error of each survivor, and the call after that."""
-    notes = ("times in ms: from the signal to the error, of each survivor; and of the same call made again at once",)
+    notes = (
+        "times in ms: from the signal to the error, of each survivor; and of the same call made again at once",
+        "x normal: how many times as long as a normal call",
+    )
     columns = (Column("signal", "signal", 8), Column("what", "what", 16), *MEDIAN, WORST, SAMPLES, Column("ratio", "x normal", 8, ".2f"))
     report = Report("kill", {"peers": peers, "size": size, "kills": kills, "stops": stops, "seed": seed}, columns, notes)
     strikes = {number: times for number, times in ((signal.SIGKILL, kills), (signal.SIGSTOP, stops)) if times}
@@ -252,10 +258,14 @@ def master_command(
         Column("peers", "peers", 6),
         Column("groups", "groups", 6),
         Column("join_cpu", "join(us)", 10, ".1f"),
+        Column("idle_cpu", "idle(us/s)", 10, ".1f"),
         Column("commit_cpu", "commit(us)", 10, ".1f"),
         Column("join_seconds", "join(s)", 8, ".2f"),
         Column("commit_seconds", "commits(s)", 10, ".2f"),
     )
-    notes = ("us: CPU of the master's process for each peer that joins, and for each peer and commit; s: how long all of them took",)
+    notes = (
+        "us: CPU of the master's process for each peer: for its joining, for a second of its heartbeats, and for a commit",
+        "s: how long it took until all had joined, and until all had committed; in that time heartbeats went on",
+    )
     report = Report("master", {"peers": peers, "groups": groups, "rounds": rounds, "processes": processes}, columns, notes)
     _measure(report, master_cpu(report, peers, groups, rounds, processes), json_file)

@@ -12,6 +12,8 @@ from pccl.tools.bench.crew import ask_all, crew
 from pccl.tools.bench.report import Report
 
 MIB = 1 << 20
+IDLE = 2.0
+"""Seconds for which nothing but heartbeats is measured."""
 CASES = ("in place", "out of place", "round")
 
 
@@ -37,8 +39,10 @@ async def master_cpu(report: Report, peers: Sequence[int], groups: int, rounds: 
             joining = (host.ask("populate", address=address, groups=share, size=size) for host, share in zip(hosts, shares, strict=True))
             await asyncio.gather(*joining)
             joined, then = await server.ask("used"), time.perf_counter()
+            await asyncio.sleep(IDLE)
+            idle, start = await server.ask("used"), time.perf_counter()
             await ask_all(hosts, "commit", rounds=rounds)
-            used, now = await server.ask("used"), time.perf_counter()
+            used, end = await server.ask("used"), time.perf_counter()
             peer_count = size * groups
             report.row(
                 peers=peer_count,
@@ -46,6 +50,7 @@ async def master_cpu(report: Report, peers: Sequence[int], groups: int, rounds: 
                 rounds=rounds,
                 join_cpu=(joined - before) / peer_count * 1e6,
                 join_seconds=then - began,
-                commit_cpu=(used - joined) / (peer_count * rounds) * 1e6,
-                commit_seconds=now - then,
+                idle_cpu=(idle - joined) / (peer_count * (start - then)) * 1e6,
+                commit_cpu=(used - idle) / (peer_count * rounds) * 1e6,
+                commit_seconds=end - start,
             )

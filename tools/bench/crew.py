@@ -35,6 +35,7 @@ class Worker:
 
     def __init__(self, number: int, process: asyncio.subprocess.Process) -> None:
         self.number = number
+        self.pid = process.pid
         self._process = process
         self._said: asyncio.Queue[Message] = asyncio.Queue()
         self._last_words: deque[str] = deque(maxlen=20)
@@ -63,7 +64,7 @@ class Worker:
         finally:
             if self._process.returncode is None:
                 self._process.kill()
-                await self._process.wait()
+                await self._process.communicate()  # closes its pipes, too
         if not self._may_end:
             raise BenchFailed("\n".join([f"worker {self.number} ended with exit code {code}; the end of its log:", *self._last_words]))
 
@@ -113,11 +114,13 @@ class Crew:
     def __init__(self, tasks: asyncio.TaskGroup) -> None:
         self.workers: list[Worker] = []
         self._tasks = tasks
+        self._started = 0
         self._attending: list[asyncio.Task[None]] = []
 
     async def add(self) -> Worker:
         """Start one more."""
-        worker = await Worker.start(len(self._attending))
+        self._started += 1
+        worker = await Worker.start(self._started - 1)
         self._attending.append(self._tasks.create_task(worker.attend()))
         self.workers.append(worker)
         return worker

@@ -8,6 +8,8 @@ import uuid
 from collections.abc import Coroutine, Mapping
 from typing import Any, TypeVar, cast
 
+import zmq
+
 import pccl
 from pccl.core import codec
 from pccl.core.address import parse_address
@@ -20,6 +22,7 @@ from pccl.protocol.member import Membership
 from pccl.protocol.peer import Peer
 from pccl.protocol.record import Outcome, Record
 from pccl.runtime import new_loop
+from pccl.transports.base import ClientHandler
 from pccl.transports.zmq_client import ZmqClient
 
 T = TypeVar("T")
@@ -27,12 +30,21 @@ T = TypeVar("T")
 OPTIONS = Options()
 
 
+class LightClient(ZmqClient):
+    """All of a process share ZeroMQ's threads: a thousand of them would measure the scheduler."""
+
+    async def start(self, handler: ClientHandler) -> None:
+        """Begin to connect."""
+        await super().start(handler)
+        self._context = zmq.Context.instance()
+
+
 class LightPeer:
     """Handles its control client, and hosts its protocol: links are made and calls are done as soon as they are asked for."""
 
     def __init__(self, address: str, group: str, name: str, size: int) -> None:
         self._loop = asyncio.get_running_loop()
-        self._client = ZmqClient(parse_address(address))
+        self._client = LightClient(parse_address(address))
         self._peer = Peer(self, group, PeerInfo(uuid.uuid4().bytes, name, "light", ("127.0.0.1:1",), size), OPTIONS)
         self._member: asyncio.Future[None] = self._loop.create_future()
         self._ended: asyncio.Future[Any] = self._loop.create_future()

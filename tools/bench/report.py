@@ -71,14 +71,6 @@ def spread(values: Sequence[float], unit: float) -> dict[str, Any]:
     return {"median": middle, "p10": low, "p90": high, "worst": max(values) / unit, "samples": len(values)}
 
 
-def size_text(nbytes: int) -> str:
-    """A size as people write it: 4, 64K, 16M."""
-    for unit, name in ((1 << 30, "G"), (1 << 20, "M"), (1 << 10, "K")):
-        if nbytes >= unit and nbytes % unit == 0:
-            return f"{nbytes // unit}{name}"
-    return str(nbytes)
-
-
 MEDIAN = (Column("median", "median", 10, ".1f"), Column("p10", "p10", 10, ".1f"), Column("p90", "p90", 10, ".1f"))
 WORST = Column("worst", "worst", 10, ".1f")
 SAMPLES = Column("samples", "n", 6)

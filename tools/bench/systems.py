@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,11 +14,11 @@ import numpy.typing as npt
 import pccl
 
 COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather", "broadcast", "all_to_all")
-OPS: dict[str, Callable[[list[int]], int]] = {"sum": sum, "prod": math.prod, "min": min, "max": max}
+OPS: dict[str, Callable[[Iterable[int]], int]] = {"sum": sum, "prod": math.prod, "min": min, "max": max}
 DTYPES = ("float32", "float64", "float16", "bfloat16", "int8", "uint8", "int32", "int64")
 """What both systems can do."""
-PERIOD = 3
-"""Element i of the member of rank r begins as (i + r) % PERIOD: results are exact in every dtype."""
+PATTERN = (1, 2, 1, 3, 1, 1, 2)
+"""Element i of the member of rank r begins as the one at i + r, again and again: results differ, and are exact in every dtype."""
 HOLD = 0.005
 """Seconds that a busy caller holds the interpreter, and then does not."""
 
@@ -75,14 +75,20 @@ class Buffers:
             return np.concatenate([self._pattern(len(self.x), r) for r in range(self._world)])
         if self.collective == "all_to_all":
             return np.concatenate([self._pattern(len(self.x), r)[mine] for r in range(self._world)])
-        whole = self._repeat(len(self.x), [OPS[self.op]([(i + r) % PERIOD for r in range(self._world)]) for i in range(PERIOD)])
+        whole = self._repeat(len(self.x), [OPS[self.op](each) for each in zip(*map(_pattern, range(self._world)), strict=True)])
         return whole if self.collective == "all_reduce" else whole[mine]
 
     def _pattern(self, count: int, rank: int) -> npt.NDArray[Any]:
-        return self._repeat(count, [(i + rank) % PERIOD for i in range(PERIOD)])
+        return self._repeat(count, _pattern(rank))
 
     def _repeat(self, count: int, period: list[int]) -> npt.NDArray[Any]:
         return np.resize(np.array(period).astype(self.x.dtype), count)
+
+
+def _pattern(rank: int) -> list[int]:
+    """How the input of a member begins."""
+    start = rank % len(PATTERN)
+    return [*PATTERN[start:], *PATTERN[:start]]
 
 
 class System(Protocol):

@@ -11,10 +11,9 @@ import json
 import os
 import queue
 import signal
-import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,6 @@ PR_SET_PDEATHSIG = 1
 PAUSE = 0.001
 """Seconds between two updates of a member that is waiting for a change."""
 CALL_TIMEOUT = 120.0
-MIB = 1 << 20
 
 State = dict[str, npt.NDArray[np.float32]]
 
@@ -223,15 +221,6 @@ def _forget_peak() -> int:
     return _status("VmRSS")
 
 
-def _obey(orders: queue.SimpleQueue[bytes], say: Callable[..., None]) -> None:
-    desk = Orders(say)
-    order = ""
-    while order != "finish":
-        details = json.loads(orders.get())
-        order = details.pop("order")
-        say("done", result=getattr(desk, order)(**details))
-
-
 def _listen(orders: queue.SimpleQueue[bytes]) -> None:
     rest = b""
     while data := os.read(0, 1 << 16):  # not sys.stdin: Python cannot shut down while a thread reads that
@@ -241,7 +230,7 @@ def _listen(orders: queue.SimpleQueue[bytes]) -> None:
     os._exit(1)
 
 
-def main(arguments: Sequence[str] = ()) -> None:
+def main() -> None:
     """Obey until told to finish."""
     parent = os.getppid()
     try:
@@ -259,8 +248,12 @@ def main(arguments: Sequence[str] = ()) -> None:
 
     orders: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(orders,), name="orders", daemon=True).start()
-    _obey(orders, say)
+    desk, order = Orders(say), ""
+    while order != "finish":
+        details = json.loads(orders.get())
+        order = details.pop("order")
+        say("done", result=getattr(desk, order)(**details))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
