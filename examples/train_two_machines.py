@@ -10,6 +10,7 @@ Only numpy and pccl are needed.
 
 import argparse
 import hashlib
+import logging
 import os
 
 import numpy as np
@@ -71,6 +72,7 @@ def main() -> None:
     parser.add_argument("--min-peers", type=int, default=1, help="begin when there are so many, and give up when there are fewer")
     parser.add_argument("--key", help="this machine's key file, if the master has an allow-list")
     options = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")  # who is lost, and whom a call waits for
     if not options.master:
         parser.error("the address of a master is needed, as an argument or in PCCL_MASTER")
     parameters = make_parameters()

@@ -201,7 +201,13 @@ def test_sparkline() -> None:
     assert screen.sparkline([0.0, 0.0]) == "▁▁"
 
 
-def test_plot(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def fonts(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The files of fonts that matplotlib has used once stay open: here, and not in a test."""
+    command._picture(played(), tmp_path_factory.mktemp("fonts") / "a.png")
+
+
+def test_plot(tmp_path: Path, fonts: None) -> None:
     pytest.importorskip("matplotlib")
     said_where = command._picture(played(), tmp_path / "a.png")
     assert said_where == f"picture: {tmp_path / 'a.png'}"
@@ -245,7 +251,7 @@ def test_exit_code(
 
 
 @pytest.mark.process
-def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], fonts: None) -> None:
     plot, facts = tmp_path / "demo.png", tmp_path / "demo.json"
     code = run("demo", "--steps", "150", "--peers", "3", "--plot", str(plot), "--json", str(facts), "--timeout", "45")
     shown = capsys.readouterr()

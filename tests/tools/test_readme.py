@@ -133,6 +133,11 @@ def test_table_of_the_header() -> None:
     assert found == expected
 
 
+def test_flags() -> None:
+    (told,) = re.findall(r"`Enter.flags`: (.*?)\.\n", PROTOCOL, re.DOTALL)
+    assert [int(number) for number in re.findall(r"\b\d\b", told)] == list(messages.Flag)
+
+
 def test_kinds_and_limits_of_frames() -> None:
     assert ", ".join(f"{kind.value} {kind.name}" for kind in frames.Kind) in PROTOCOL
     assert f"at most {frames.MAX_PAYLOAD >> 20} MiB" in PROTOCOL
