@@ -142,6 +142,8 @@ class FrameWriter:
         self._pull = pull
         self._sent = sent
         self._queue: deque[_Out] = deque()
+        self._whole: deque[OutFrame] = deque()
+        """Frames that are out, of which the handler has not heard"""
 
     def buffers(self) -> list[memoryview | bytes]:
         """The bytes to send next, in order; empty if there are none."""
@@ -170,7 +172,9 @@ class FrameWriter:
                 break
             self._queue.popleft()
             if not out.void:
-                self._sent(out.frame)
+                self._whole.append(out.frame)
+        while self._whole:  # only now that the account is right: who hears of one may abort others, or close
+            self._sent(self._whole.popleft())
 
     def abort(self, token: object) -> None:
         """Let go of the memory of frames with this token. One that has begun is completed from elsewhere and marked worthless."""
@@ -186,3 +190,5 @@ class FrameWriter:
                     out.frame = out.frame._replace(payload=None)
             kept.append(out)
         self._queue = kept
+        if self._whole:
+            self._whole = deque(frame for frame in self._whole if frame.token is not token)
