@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -64,11 +65,14 @@ def build(arguments: Sequence[str]) -> typer.Typer:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line, and end the process with its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    before = signal.signal(signal.SIGINT, _interrupted)
     try:
         build(given)(given)
     except PcclError as error:
         print(f"pccl: {error}", file=sys.stderr)
         sys.exit(exit_code(error))
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def exit_code(error: PcclError) -> int:
@@ -78,6 +82,11 @@ def exit_code(error: PcclError) -> int:
     if isinstance(error, ConnectError):
         return UNREACHABLE
     return TIMEOUT if isinstance(error, CollectiveTimeout) else FAILED
+
+
+def _interrupted(number: int, frame: object) -> None:
+    """Ctrl-C outside of an event loop: the end, without a traceback."""
+    sys.exit(SIGNALLED + number)
 
 
 def _no_options() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 
@@ -34,7 +36,10 @@ def test_help_names_all_commands_and_loads_none(capsys: pytest.CaptureFixture[st
         assert command.help[:20] in shown
 
 
-@pytest.mark.parametrize("arguments", [[], ["no-such-command"], ["version", "--no-such-option"], ["demo", "--peers", "1"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["no-such-command"], ["version", "--no-such-option"], ["demo", "--peers", "2"], ["demo", "--json", "/no/such/folder/a.json"]],
+)
 def test_usage_errors(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*arguments) == cli.USAGE
 
@@ -61,6 +66,18 @@ def test_errors_are_one_line_and_an_exit_code(
     monkeypatch.setattr(cli.Command, "load", lambda self: command)
     assert run("version") == code
     assert capsys.readouterr().err == f"pccl: {error}\n"
+
+
+def test_ctrl_c_is_an_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> None:
+        """Be interrupted."""
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(cli.Command, "load", lambda self: command)
+    assert run("version") == 130
+    assert capsys.readouterr() == ("", "")
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

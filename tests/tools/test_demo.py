@@ -234,14 +234,15 @@ def test_exit_code(
     digest: str, accuracy: float, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     history = played(digest)
-    history.peers["peer-2"].accuracy = accuracy
+    newcomer = history.peers["peer-3"] = history.peers.pop("peer-2")
+    newcomer.accuracy = accuracy
 
     async def play(self: driver.Driver) -> None:
         vars(self._history).update(vars(history))
 
     monkeypatch.setattr(driver.Driver, "play", play)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert run("demo", "--peers", "2", "--plot", str(tmp_path / "a.png")) == code
+    assert run("demo", "--peers", "3", "--plot", str(tmp_path / "a.png")) == code
     shown = capsys.readouterr().out
     assert ("FAILED" in shown) == bool(code)
     assert "(pip install 'aiopccl[plot]')" in shown

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pccl.core.errors import InvalidArgument
 from pccl.tools.cli import FAILED, TIMEOUT
 from pccl.tools.demo.history import History
 from pccl.tools.process import run
@@ -20,7 +21,7 @@ PICTURE = Path("pccl-demo.png")
 
 
 def demo_command(
-    peers: Annotated[int, typer.Option(min=2, max=16, help="Processes at the start; one is killed, and one joins.")] = 4,
+    peers: Annotated[int, typer.Option(min=3, max=16, help="Processes at the start; one is killed, and one joins.")] = 4,
     steps: Annotated[int, typer.Option(min=150, help="Steps to train.")] = 600,
     seed: Annotated[int, typer.Option(min=0, help="Decides first parameters, the order of the images, and who is killed.")] = 1,
     plot: Annotated[Path, typer.Option(metavar="FILE", help="Where the picture goes; needs matplotlib.")] = PICTURE,
@@ -39,6 +40,8 @@ def demo_command(
     from pccl.tools.demo.screen import open_screen
     from pccl.tools.demo.worker_process import WorkerFailed
 
+    if json_file:
+        _check_writable(json_file)
     console, history, plan = Console(), History(steps), Plan(peers, steps, seed)
     try:
         with open_screen(console, history) as screen:
@@ -55,6 +58,14 @@ def demo_command(
         json_file.write_text(json.dumps(report.as_dict(), indent=1) + "\n")
     console.print(_picture(history, plot), highlight=False, markup=False, soft_wrap=True)
     raise typer.Exit(0 if report.passed else FAILED)
+
+
+def _check_writable(path: Path) -> None:
+    """Better now than after the run."""
+    try:
+        path.touch()
+    except OSError as error:
+        raise InvalidArgument(f"--json: {path} cannot be written ({error.strerror})") from None
 
 
 async def _play(play: Coroutine[Any, Any, None], refresh: Callable[[], None], timeout: float) -> None:
