@@ -223,3 +223,23 @@ class Adversary:
         self.limits.links -= 1
         other = self.random.choice([m.uid for m in n.peer.root.view.members if m.uid != n.peer.uid])
         n.peer.link_lost(other, "test")
+
+
+TEXTS = ("c", "uc", "cu", "r", "ur", "rc", "t", "ut", "urc", "ucr", "pc", "p", "us", "usr", "utr", "usx", "sxc", "sx")
+
+
+def adversary(seed: int) -> Adversary:
+    """One out of many kinds of runs."""
+    choice = random.Random(seed).choice
+    text = choice(TEXTS)
+    limits = Limits(
+        deaths=choice([0, 1, 2]),
+        evictions=choice([0, 0, 1]),
+        restarts=choice([0, 0, 1, 2]),
+        stops=choice([0, 0, 1, 2]),
+        joins=choice([0, 0, 1, 2]) if "u" in text else 0,
+        leaves=choice([0, 0, 1]) if "u" in text else 0,
+        links=choice([0, 0, 1]),
+        freezes=choice([0, 0, 1]),
+    )
+    return Adversary(seed, nodes=choice(["AB", "ABC", "ABCD"]), text=text, limits=limits, window=choice([1, 1, 2, 3]))

@@ -165,9 +165,16 @@ class Node:
                 made = self.peer.adopt(self.peer.comms[comm], found)
                 if made:
                     self.subs.append(made)
+                    self.note_epoch(made.comm, made.view)
 
     def epoch_changed(self, comm: int, old: View, new: View) -> None:
         self.views.append(new)
+        self.note_epoch(comm, new)
+
+    def note_epoch(self, comm: int, view: View) -> None:
+        """No two epochs have the same number."""
+        uids = tuple(m.uid for m in view.members)
+        assert self.cluster.epochs.setdefault((comm, view.epoch), uids) == uids, f"epoch {view.epoch} of {comm} was given twice"
 
     def give_up(self, detail: str) -> None:
         self.gone(0, detail)
@@ -179,6 +186,7 @@ class Node:
 
     def admitted(self, view: View) -> None:
         self.views.append(view)
+        self.note_epoch(ROOT, view)
 
     def refused(self, reason: int, detail: str) -> None:
         self.ended = detail
@@ -210,6 +218,8 @@ class Cluster:
         self.nodes: list[Node] = []
         self.unreachable: set[tuple[int, int]] = set()
         """(dialer, other) uids"""
+        self.epochs: dict[tuple[int, Epoch], tuple[int, ...]] = {}
+        """Every (communicator, epoch) that any node was ever in, and who its members were."""
         self.rid = 0
         self.group: Group
         self.start_master()
