@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 
+SMALL = 64 << 10
+"""Bytes up to which a call is worth no hand-over between threads."""
+
 
 class Reduction:
     """The arithmetic of one attempt."""
@@ -96,6 +99,7 @@ class Part:
         self._like = like
         self._algorithm = algorithm
         self._work = dtype_named("float32") if accumulate and self.dtype.half else self.dtype
+        self.nbytes = some.count * some.dtype.itemsize
         self._in_place = in_place
         self._inside = inside
         """The smaller of input and output lies within the other one."""
@@ -357,6 +361,7 @@ class Collective(_Parts):
         sign = signature(f"{part.signature} {' '.join(marks)}")
         super().__init__(comm, part.description, signature=sign, timeout=timeout, tag=tag, pair=pair, atomic=atomic, retry=retry)
         self.parts = [part]
+        self.small = part.nbytes <= SMALL
 
     def is_complete(self) -> bool:
         """The one part."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import select
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -35,6 +37,8 @@ logger = logging.getLogger("pccl")
 
 LAZY_CREDIT = 0.005
 """Seconds that a credit nobody waits for may wait for company."""
+SPIN = 50e-6
+"""Seconds that `serve` asks again and again before it sleeps, where every member of this host has a core to itself."""
 SPARE_KEPT = 10.0
 """Seconds of idleness after which the buffer for undoing is given back to the system."""
 
@@ -90,6 +94,10 @@ class Engine:
         self._running: dict[Moving, Operation] = {}
         self._spare: npt.NDArray[np.uint8] | None = None
         self._spare_release: asyncio.TimerHandle | None = None
+        self._served: dict[int, Callable[[], None]] = {}
+        """descriptor -> what receives from it; emptied when links come or go"""
+        self._poll = select.poll()
+        self._spin = 0.0
 
     # --- life -------------------------------------------------------------------------------------------------------
 
@@ -155,6 +163,11 @@ class Engine:
         await self._client.close()
         self._spare = None
 
+    @property
+    def in_flight(self) -> int:
+        """Calls that have not ended."""
+        return sum(m.in_flight for m in self._peer.comms.values()) if self._peer else 0
+
     # --- calls ------------------------------------------------------------------------------------------------------
 
     def membership(self, comm: int) -> Membership:
@@ -181,6 +194,42 @@ class Engine:
             self._arm(membership)
         except PcclError as e:
             op.settle(e)
+
+    def serve(self, op: Operation, patience: float) -> None:
+        """Receive by hand, in a thread that has this engine to itself while its loop stands still.
+
+        Returns when the call has ended, or nothing has come for `patience` seconds.
+        """
+        if not self._served:
+            self._watch()
+        poll, served, clock = self._poll, self._served, self._clock
+        began = clock()
+        while not op.settled and served is self._served:
+            idle = clock() - began
+            if idle > patience:
+                return
+            if op.atomic:
+                self._client.receive()  # a message that was sent may have taken the wake-up of one that comes
+            ready = poll.poll(0 if op.settled or idle < self._spin else 1)
+            for fd, events in ready:
+                if events & select.POLLNVAL:
+                    return
+                try:
+                    served[fd]()
+                except Exception as e:
+                    self._loop.call_exception_handler({"message": "a handler failed", "exception": e})
+            if ready:
+                began = clock()
+
+    def _watch(self) -> None:
+        """Collect what there is to receive from."""
+        sources: list[Link | ControlClient] = [self._client, *(flow.link for flow in self.executor.flows.values() if flow.link)]
+        self._served = {s.fileno(): s.receive for s in sources if s.fileno() >= 0}
+        self._poll = select.poll()
+        for fd in self._served:
+            self._poll.register(fd, select.POLLIN)
+        here = sum(m.host == self._host for m in self._peer.root.view.members) if self._peer and ROOT in self._peer.comms else 1
+        self._spin = SPIN if here <= (os.cpu_count() or 1) else 0.0
 
     def expire(self, op: Operation) -> None:
         """The call's deadline has passed."""
@@ -257,11 +306,13 @@ class Engine:
 
     def control_up(self) -> None:
         """The control connection is there, perhaps again."""
+        self._served = {}
         if self._peer:
             self._peer.connected()
 
     def control_down(self) -> None:
         """It is gone for now."""
+        self._served = {}
         logger.info("the control connection to %s is down; trying again", self._address)
 
     def control_refused(self, error: Exception) -> None:
@@ -289,6 +340,7 @@ class Engine:
 
     def make_links(self, m: Prepare) -> None:
         """Dial what an admission asks for."""
+        self._served = {}
         for uid in (*m.dial, *m.accept):
             self.executor.flow(uid).detach()
         self._ticket = m
@@ -311,6 +363,7 @@ class Engine:
             logger.warning("no link to peer %d: %s", uid, e)
             return False
         flow.attach(link)
+        self._served = {}
         return True
 
     async def _admit(self, admission: int, dialer: int, acceptor: int) -> LinkTicket | None:
@@ -325,6 +378,7 @@ class Engine:
     def _accepted(self, link: Link) -> LinkHandler:
         flow = self.executor.flow(link.uid)
         flow.attach(link)
+        self._served = {}
         return flow
 
     def admitted(self, view: View) -> None:
@@ -336,6 +390,7 @@ class Engine:
 
     def epoch_changed(self, comm: int, old: View, new: View) -> None:
         """A communicator goes on in a new epoch: old traffic is over, links to those who are out are closed."""
+        self._served = {}
         here = {m.uid for m in new.members}
         self.executor.enter_epoch(new.epoch, old.epoch, [m.uid for m in old.members if m.uid in here])
         if comm == ROOT:
@@ -506,6 +561,7 @@ class Engine:
 
     def flow_broken(self, uid: int, error: Exception) -> None:
         """The link to a peer is gone."""
+        self._served = {}
         if self._peer and self.error is None:
             self._peer.link_lost(uid, str(error) or type(error).__name__)
 

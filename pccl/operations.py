@@ -60,6 +60,8 @@ class Operation:
         self.atomic = atomic
         self.retry = retry
         self.sealed = True
+        self.small = False
+        """It takes no longer than a hand-over between threads"""
         self.settled = False
         self.reason: PcclError | None = None
         """What the caller gets if the call fails by its own word, where that says more"""
@@ -117,6 +119,7 @@ class Update(Operation):
 
     def __init__(self, comm: int, *, timeout: float | None) -> None:
         super().__init__(comm, "update()", signature=signature("update()"), timeout=timeout, retry=True)
+        self.small = True
 
     def payload(self) -> bytes:
         """How often each tag was used."""

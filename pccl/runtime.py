@@ -8,20 +8,31 @@ from __future__ import annotations
 import asyncio
 import atexit
 import concurrent.futures
+import contextlib
 import logging
 import os
+import signal
 import threading
+import time
 import weakref
-from collections.abc import Callable, Coroutine
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, Protocol, TypeVar
 
 from pccl.core.errors import InvalidArgument, PcclError
 from pccl.engine import Engine
+from pccl.operations import Operation
 from pccl.transports import fork
 
 T = TypeVar("T")
 
 logger = logging.getLogger("pccl")
+
+PATIENCE = 0.001
+"""Seconds without any news after which a borrower leaves the rest to the engine's thread."""
+KEEP = 0.002
+STRETCH = 0.02
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM)
 
 
 class Runtime(Protocol):
@@ -30,7 +41,7 @@ class Runtime(Protocol):
     engine: Engine
 
     def post(self, callback: Callable[..., None], *args: Any) -> None:
-        """Have the engine's loop call this; errors of a closed or forked engine are raised here."""
+        """Have the engine's loop call this, in the order of the posts; errors of a closed or forked engine are raised here."""
 
     def deliver(self, future: asyncio.Future[Any]) -> Callable[[Any], None]:
         """A callback for the engine's loop that settles a future of the present loop."""
@@ -78,6 +89,10 @@ class InlineRuntime:
 class ThreadRuntime:
     """The engine has a thread and an event loop (uvloop's if it is installed) of its own.
 
+    A caller that waits for a small call can have the engine to itself meanwhile: the thread stops the loop and lends it out, so that the
+    call does not go through another thread and back. It takes the loop back when nobody has come for it for KEEP seconds, and after STRETCH
+    seconds in any case, for heartbeats, timers, and whatever else only the loop does. `_turn` is held by whoever acts for the engine.
+
     Args:
         make: makes the engine, in its thread with its loop running.
     """
@@ -90,7 +105,15 @@ class ThreadRuntime:
         self._pid = os.getpid()
         self._forked = False
         self._closed = False
-        self._thread = threading.Thread(target=_run, args=(self._loop,), name="pccl-engine", daemon=True)
+        self._ending = False
+        self._turn = threading.Lock()
+        self._borrower = 0
+        """Its thread"""
+        self._borrowed = 0
+        """How often"""
+        self._recall = threading.Event()
+        self._inbox: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
+        self._thread = threading.Thread(target=self._live, name="pccl-engine", daemon=True)
         self._thread.start()
         fork.on_fork(self._fork)
         _runtimes.add(self)
@@ -101,7 +124,47 @@ class ThreadRuntime:
             raise forked_error()
         if self._closed:
             raise closed_error()
-        self._loop.call_soon_threadsafe(callback, *args)
+        self._inbox.append((callback, args))
+        self._loop.call_soon_threadsafe(self._take)
+        self._recall.set()
+
+    def submit(self, op: Operation) -> None:
+        """Make a call whose caller is going to wait for it: a small one may have ended when this returns."""
+        if not op.small or self._forked or self._closed or not self._borrow():
+            self.post(self.engine.submit, op)
+            return
+        try:
+            with signals_held():
+                self._take()
+                self.engine.submit(op)
+                self.engine.serve(op, PATIENCE)
+        finally:
+            self._borrower = 0
+            busy = self.engine.in_flight > 0
+            self._turn.release()
+            if busy:
+                self._recall.set()
+
+    def _borrow(self) -> bool:
+        """Have the engine to oneself; False if another caller has it."""
+        self._borrowed += 1
+        while not self._turn.acquire(blocking=False):
+            if self._borrower:
+                return False
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            if self._turn.acquire(timeout=STRETCH):
+                break
+        self._borrower = threading.get_ident()
+        return True
+
+    def _take(self) -> None:
+        """Do what was posted."""
+        while self._inbox:
+            callback, args = self._inbox.popleft()
+            try:
+                callback(*args)
+            except Exception as e:
+                self._loop.call_exception_handler({"message": "what was posted to the engine failed", "exception": e})
 
     def deliver(self, future: asyncio.Future[Any]) -> Callable[[Any], None]:
         """Settle the future on its own loop."""
@@ -119,7 +182,9 @@ class ThreadRuntime:
         """Run a coroutine on the engine's loop."""
         if self._forked:
             raise forked_error()
-        return asyncio.run_coroutine_threadsafe(make(), self._loop)
+        future = asyncio.run_coroutine_threadsafe(make(), self._loop)
+        self._recall.set()
+        return future
 
     async def _start(self) -> None:
         self.engine = self._make()
@@ -162,7 +227,9 @@ class ThreadRuntime:
         self._closed = True
         _runtimes.discard(self)
         if self._thread.is_alive():
+            self._ending = True
             self._loop.call_soon_threadsafe(self._loop.stop)
+            self._recall.set()
             self._thread.join()
 
     def _fork(self) -> None:
@@ -170,20 +237,51 @@ class ThreadRuntime:
         self._forked = True
         _runtimes.discard(self)
 
+    def _live(self) -> None:
+        """The engine's thread: run the loop, or leave it to callers that come for it again and again."""
+        loop = self._loop
+        asyncio.set_event_loop(loop)
+        try:
+            while not self._ending:
+                with self._turn:
+                    loop.run_forever()
+                self._rest()
+            tasks = asyncio.all_tasks(loop)
+            for task in tasks:
+                task.cancel()
+            loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.run_until_complete(loop.shutdown_default_executor())
+        finally:
+            asyncio.set_event_loop(None)
+            loop.close()
 
-def _run(loop: asyncio.AbstractEventLoop) -> None:
-    asyncio.set_event_loop(loop)
+    def _rest(self) -> None:
+        until = time.perf_counter() + STRETCH
+        self._recall.clear()
+        while not (self._ending or self._inbox) and time.perf_counter() < until:
+            borrowed = self._borrowed
+            if self._recall.wait(KEEP) or self._borrowed == borrowed:
+                return
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Python's signal handlers run between any two instructions of the main thread, and may raise: have them wait for the end of this."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[int] = []
+    handlers = {number: handler for number in SIGNALS if callable(handler := signal.getsignal(number))}
+    for number in handlers:
+        signal.signal(number, lambda number, frame: caught.append(number))
     try:
-        loop.run_forever()
-        tasks = asyncio.all_tasks(loop)
-        for task in tasks:
-            task.cancel()
-        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-        loop.run_until_complete(loop.shutdown_asyncgens())
-        loop.run_until_complete(loop.shutdown_default_executor())
+        yield
     finally:
-        asyncio.set_event_loop(None)
-        loop.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for late in caught:
+            signal.raise_signal(late)
 
 
 def _settle(future: asyncio.Future[Any], result: Any) -> None:

@@ -153,8 +153,8 @@ class Communicator(Handle[Any]):
         return Communicator(self._runtime, made[0], made[1], self._timeout) if made else None
 
     def _do(self, part: Part, how: How) -> Any:
-        work = self._start(self._operation(part, how))
-        return work if how.get("async_op") else work.wait()
+        op = self._operation(part, how)
+        return self._start(op) if how.get("async_op") else self._run(op)
 
     def _start(self, op: Operation) -> Work:
         self._check_open()
@@ -163,7 +163,11 @@ class Communicator(Handle[Any]):
         return work
 
     def _run(self, op: Operation) -> Any:
-        return self._start(op).wait()
+        self._check_open()
+        assert isinstance(self._runtime, ThreadRuntime)
+        work = Work(self, op)
+        self._runtime.submit(op)
+        return work.wait()
 
 
 class SyncRound(Collectives[Pending]):

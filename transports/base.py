@@ -1,6 +1,7 @@
 """The whole seam to the outside: links between peers, and the control channel between a peer and its master.
 
-Everything here runs on one event loop and is called from its thread only. Handlers are called back from that loop, never from inside
+Everything here runs on one event loop and is called from its thread only, or from a thread that has it all to itself while the loop stands
+still: that one polls `fileno` and calls `receive` where the loop would. Handlers are called back from that loop, never from inside
 the call that caused it (so a handler may call anything), and never after `close`. The one exception, for speed: `Link.wake` asks for
 frames and tells of sent ones before it returns.
 """
@@ -49,6 +50,14 @@ class Link(ABC):
 
     uid: int
     """The peer's."""
+
+    @abstractmethod
+    def fileno(self) -> int:
+        """A descriptor to poll for reading; -1 if there is none."""
+
+    @abstractmethod
+    def receive(self) -> None:
+        """Take in what has come."""
 
     @abstractmethod
     def wake(self) -> None:
@@ -184,6 +193,14 @@ class ControlClient(ABC):
     @abstractmethod
     async def start(self, handler: ClientHandler) -> None:
         """Begin to connect; returns at once."""
+
+    def fileno(self) -> int:
+        """A descriptor to poll for reading, between two calls of `receive`; -1 if there is none."""
+        return -1
+
+    @abstractmethod
+    def receive(self) -> None:
+        """Take in what has come."""
 
     @abstractmethod
     def send(self, data: bytes) -> None:

@@ -39,6 +39,14 @@ class WireLink(Link):
         self._handler = handler
         self._wire.notify_readable(self._readable)
 
+    def fileno(self) -> int:
+        """The wire's."""
+        return self._wire.fileno()
+
+    def receive(self) -> None:
+        """Read."""
+        self._readable()
+
     def wake(self) -> None:
         """There may be frames to send."""
         if not self._writing and not self._blocked and not self._ending:

@@ -302,6 +302,9 @@ class MemoryClient(_Node, ControlClient):
         self.begin()
         self.loop.call_soon(self._connect, context=self.network.context)
 
+    def receive(self) -> None:
+        """Messages come by the loop."""
+
     def send(self, data: bytes) -> None:
         """Queue a message for the current connection; between connections, dropped."""
         _check_size(data)

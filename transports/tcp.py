@@ -41,6 +41,10 @@ class TcpWire(Wire):
         self._loop = asyncio.get_running_loop()
         self._unacked_since: float | None = None
 
+    def fileno(self) -> int:
+        """The socket's."""
+        return self._fd
+
     def notify_readable(self, callback: Callable[[], None] | None) -> None:
         """Have the loop watch for bytes."""
         if callback:

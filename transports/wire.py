@@ -28,6 +28,10 @@ WELCOME = b"ok"
 class Wire(ABC):
     """One end of a stream of bytes."""
 
+    def fileno(self) -> int:
+        """See `Link.fileno`."""
+        return -1
+
     @abstractmethod
     def notify_readable(self, callback: Callable[[], None] | None) -> None:
         """Call this from the loop whenever `read` has something (again and again as long as it has); None to stop."""

@@ -106,6 +106,15 @@ class ZmqClient(ControlClient):
         fork.on_fork(self._forked)
         self._timer = self._loop.call_soon(self._connect)
 
+    def fileno(self) -> int:
+        """The present connection's."""
+        return self._connection.messages.fileno() if self._connection is not None else -1
+
+    def receive(self) -> None:
+        """Read."""
+        if self._connection is not None:
+            self._connection.messages.drain()
+
     def send(self, data: bytes) -> None:
         """Queue a message for the current connection; between connections, dropped.
 
@@ -241,19 +250,19 @@ class _Connection:
         self._fd: int | None = None
         self._loop = asyncio.get_running_loop()
         self._events = Pump(self._monitor, self._read_event)
-        self._messages = Pump(socket, self._read_message)
+        self.messages = Pump(socket, self._read_message)
 
     def send(self, data: bytes) -> None:
         """Send, now or when there is room."""
         self._waiting.append(data)
         if len(self._waiting) == 1:
             self._send_next()
-        self._messages.wake()
+        self.messages.wake()
 
     def close(self, *, linger_ms: int = 0) -> None:
         """Nothing is called any more."""
         self.up = False
-        for pump in (self._events, self._messages):
+        for pump in (self._events, self.messages):
             pump.close()
         if self._fd is not None:
             fork.unguard(self._fd)

@@ -48,10 +48,14 @@ class Pump:
         self._open = True
         self._woken = False
         self._fd = socket.FD
-        self._loop.add_reader(self._fd, self._drain)
+        self._loop.add_reader(self._fd, self.drain)
         fork.guard(self._fd)
         fork.on_fork(self._forked)
         self.wake()
+
+    def fileno(self) -> int:
+        """libzmq's descriptor."""
+        return self._fd
 
     def wake(self) -> None:
         """Read soon, whatever the descriptor says."""
@@ -72,9 +76,10 @@ class Pump:
 
     def _on_wake(self) -> None:
         self._woken = False
-        self._drain()
+        self.drain()
 
-    def _drain(self) -> None:
+    def drain(self) -> None:
+        """Read what is there."""
         try:
             for _ in range(BUDGET):
                 if not self._open or not self._read():

@@ -38,8 +38,8 @@ class Action(IntEnum):
     COPY = 3
     """the blocks' input -> the blocks' output; nothing where the call works in place"""
     FOLD = 4
-    """``into = block[0] op block[1] op ...``, from left to right, rounded once; the blocks are not read again. In place, `into` may lie where
-    the rank's own contribution lies."""
+    """``into = block[0] op block[1] op ...``, from left to right, rounded once; the blocks are not read again. In place, `into` may lie
+    where the rank's own contribution lies."""
 
 
 STEP = np.dtype(

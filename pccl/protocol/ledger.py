@@ -42,6 +42,8 @@ from pccl.protocol.decide import Failure, Ruling, decide
 
 MISMATCH_LINGER = 0.1
 """Seconds that a mismatch waits for the other members' claims, so that the error can name all sides."""
+TERM_BITS = 32
+"""The verdicts of a master are numbered from its term times 2**32: members remember the last number of the one before."""
 SKIPPED = (1, "update()")
 """The claim of a member that skipped an update where others made something else."""
 
@@ -381,7 +383,7 @@ class Ledger:
         """Begin a new epoch: tell every member, newcomers included, who is in it and how calls were decided."""
         before = dict(self.members)
         self.members.update({m.uid: m for m in joined})
-        self._seq += 1
+        self._seq = max(self._seq, epoch.term << TERM_BITS) + 1
         news = bool(ruling and ruling.news)
         if ruling:
             decisions = ruling.decisions

@@ -127,7 +127,8 @@ class Membership:
         op = record.op
         if self.in_flight >= self._max_in_flight:
             raise InvalidArgument(f"{op.description}: {self._max_in_flight} calls are in flight already, as many as max_in_flight allows")
-        if op.tag is not None and any(r.op.tag == op.tag and r.op.pair == op.pair for r in (*self._open.values(), *self._queue) if not r.told):
+        pending = [r.op for r in (*self._open.values(), *self._queue) if not r.told] if op.tag is not None else []
+        if any((other.tag, other.pair) == (op.tag, op.pair) for other in pending):
             raise InvalidArgument(f"tag: {op.tag!r} is in use by a call that has not ended; a tag is free again when its call has")
         if self.stopped or self._update or self._queue:
             self._queue.append(record)
@@ -251,9 +252,9 @@ class Membership:
         self.view = view_of(m, self.uid)
         old_members = {x.uid for x in old.members}
         self.departed.update({**{x.uid: True for x in m.left}, **{x.uid: False for x in m.lost}})
-        self.host.epoch_changed(self.comm, old, self.view)
-        self.ack = max(self.ack, m.seq)
         self.broken, self.next_uid, self.synced = m.broken, m.next_uid, m.synced
+        self.host.epoch_changed(self.comm, old, self.view)  # which complains of links that are missing and not known to be broken
+        self.ack = max(self.ack, m.seq)
         self._leaving = {}
         self._news, self._floor = m.news, m.floor
         self._floor_uses = dict(self._uses)
