@@ -495,11 +495,11 @@ class Ledger:
             self._news -= self.participants(call).keys()
             if call.asks is UpdateAsk:
                 self.commit(call)
-            elif call.flags & Flag.RETRY:
-                self._rule(call, "N")
-            else:
+                return
+            if not call.flags & Flag.RETRY:
                 self.abort(call, Reason.LOSS, "a peer was lost or left before this call")
-            return
+                return
+            self._rule(call, "N")
         late = [u for u, index in self.leaving.items() if (call.id.n >= index if call.untagged else u in (call.id.pair or self.members))]
         if late and call.asks is not UpdateAsk:
             for leaver in late:
