@@ -177,7 +177,7 @@ async def train(address: str, name: str, reached: Milestones, *, until_step: int
             if step == die_at:
                 await comm.close()
                 break
-            gradient = np.random.default_rng(hash(name) & 0xFFFF).normal(size=1000) + step
+            gradient = np.random.default_rng(ord(name)).normal(size=1000) + step
             info = await comm.all_reduce(gradient, op="avg", retry=True)
             state["weights"] -= 0.1 * gradient
             step += 1
