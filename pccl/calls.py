@@ -18,7 +18,7 @@ from pccl.collectives.schedules.meaning import has_input, has_output, segments
 from pccl.collectives.tensors import Memory, allocate_like, memory_of
 from pccl.collectives.transfer import Transfer, Undo
 from pccl.core.dtypes import ReduceOp, dtype_named
-from pccl.core.errors import CollectiveAborted, InvalidArgument, PcclError
+from pccl.core.errors import CollectiveAborted, PcclError
 from pccl.core.types import Info, Pair, RoundInfo, Tag, View
 from pccl.operations import Operation, signature
 from pccl.protocol.record import Outcome, Record
@@ -140,12 +140,13 @@ class Part:
         """A transfer for an attempt in this membership.
 
         Raises:
-            InvalidArgument: the call does not fit it.
-            CollectiveAborted: there are too few links for it.
+            CollectiveAborted: the call does not fit it, though it fitted the membership that its caller knew; or there are too few links.
         """
         misfit = self.misfit(view)
         if misfit:
-            raise InvalidArgument(f"{self.description}: {misfit}")
+            lost, left, survivors = (tuple(m.name for m in who) for who in (view.lost, view.left, view.members))
+            text = f"{self.description}: {misfit}"
+            raise CollectiveAborted(text, call=self.description, reason=misfit, lost=lost, left=left, survivors=survivors)
         uids = list(self.pair) if self.pair else [m.uid for m in view.members]
         mine = engine.membership(0).uid
         rank, world = uids.index(mine), len(uids)
