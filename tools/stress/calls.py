@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Coroutine
-from typing import Any
 
 import numpy as np
 import xxhash
@@ -55,58 +53,46 @@ class Made:
 
     async def run(self, comm: pccl.Communicator) -> None:
         """Make the call, and wait for its end."""
-        make: Callable[[pccl.Communicator], Coroutine[Any, Any, None]] = getattr(self, f"_make_{self.call.kind}")
         try:
-            await make(comm)
+            self._infos = await (self._run_ring(comm) if self.call.kind == "ring" else self._run(comm))
             self.outcome = "C"
-        except pccl.CollectiveAborted as e:
-            self.outcome, self.error = "A", e
-        except (pccl.Evicted, pccl.StateConflict) as e:
-            self.outcome, self.error = "E", e
         except Exception as e:
-            self.outcome, self.error = "X", e
+            self.outcome = (
+                "A" if isinstance(e, pccl.CollectiveAborted) else "E" if isinstance(e, (pccl.Evicted, pccl.StateConflict)) else "X"
+            )
+            self.error = e.with_traceback(None)  # whose frames hold this
 
-    async def _make_all_reduce(self, comm: pccl.Communicator) -> None:
-        call, out = self.call, self._out[0] if self.call.out else None
-        self._infos = [await comm.all_reduce(self._x[0], call.op, out=out, retry=call.retry, tag=call.tag)]
+    async def _run(self, comm: pccl.Communicator) -> list[pccl.Info]:
+        call, x, retry = self.call, self._x[0], self.call.retry
+        if call.kind == "round":
+            async with comm.round(retry=retry) as r:
+                parts = zip(self._x, self._out, strict=True)
+                pending = [r.all_reduce(x, call.op, out=out if call.out else None) for x, out in parts]
+            return [p.info for p in pending]
+        if call.kind == "broadcast":
+            return [await comm.broadcast(self._out[0], self._members.index(self._root), retry=retry)]
+        if call.kind == "all_gather":
+            return [await comm.all_gather(x, retry=retry)]
+        if call.kind == "reduce_scatter":
+            return [await comm.reduce_scatter(x, call.op, retry=retry)]
+        if call.kind == "barrier":
+            return [await comm.barrier(retry=retry)]
+        return [await comm.all_reduce(x, call.op, out=self._out[0] if call.out else None, retry=retry, tag=call.tag)]
 
-    _make_tagged = _make_all_reduce
-
-    async def _make_round(self, comm: pccl.Communicator) -> None:
-        async with comm.round(retry=self.call.retry) as r:
-            pending = [r.all_reduce(x, self.call.op, out=out if self.call.out else None) for x, out in zip(self._x, self._out, strict=True)]
-        self._infos = [p.info for p in pending]
-
-    async def _make_broadcast(self, comm: pccl.Communicator) -> None:
-        self._infos = [await comm.broadcast(self._out[0], self._members.index(self._root), retry=self.call.retry)]
-
-    async def _make_all_gather(self, comm: pccl.Communicator) -> None:
-        self._infos = [await comm.all_gather(self._x[0], retry=self.call.retry)]
-
-    async def _make_reduce_scatter(self, comm: pccl.Communicator) -> None:
-        self._infos = [await comm.reduce_scatter(self._x[0], self.call.op, retry=self.call.retry)]
-
-    async def _make_barrier(self, comm: pccl.Communicator) -> None:
-        self._infos = [await comm.barrier(retry=self.call.retry)]
-
-    async def _make_ring(self, comm: pccl.Communicator) -> None:
+    async def _run_ring(self, comm: pccl.Communicator) -> list[pccl.Info]:
         """To the next, and from the one before."""
         if len(self._members) == 1:
-            return
+            return []
         both = await asyncio.gather(
             comm.send(self._x[0], self._members.index(self._next), retry=self.call.retry),
             comm.recv(self._out[0], self._members.index(self._previous), retry=self.call.retry),
             return_exceptions=True,
         )
-        names = f"{self._me}>{self._next}", f"{self._previous}>{self._me}"
-        for name, result in zip(names, both, strict=True):
-            if isinstance(result, pccl.Info):
-                self.pairs[name] = True
-                self._infos.append(result)
-            elif isinstance(result, pccl.CollectiveAborted):
-                self.pairs[name] = False
-            else:
+        for name, result in zip((f"{self._me}>{self._next}", f"{self._previous}>{self._me}"), both, strict=True):
+            if isinstance(result, BaseException) and not isinstance(result, pccl.CollectiveAborted):
                 raise result
+            self.pairs[name] = isinstance(result, pccl.Info)
+        return [result for result in both if isinstance(result, pccl.Info)]
 
     # --- checking it ------------------------------------------------------------------------------------------------
 

@@ -12,18 +12,19 @@ import typer
 
 from pccl.tools.cli import FAILED
 from pccl.tools.process import run
-from pccl.tools.stress.plan import Config, draw_events
+from pccl.tools.stress.plan import FEWEST, Config, draw_events
+from pccl.tools.stress.program import MOST
 
 
 def stress_command(
-    peers: Annotated[int, typer.Option(help="Workers at the beginning; later there are from 2 to 10.")] = 6,
-    seconds: Annotated[float, typer.Option(metavar="S", help="How long faults happen.")] = 60.0,
+    peers: Annotated[int, typer.Option(min=FEWEST, max=MOST, help="Workers at the beginning; later there are from 2 to 10.")] = 6,
+    seconds: Annotated[float, typer.Option(min=1, metavar="S", help="How long faults happen.")] = 60.0,
     seed: Annotated[int, typer.Option(help="All faults come from it: the same seed, the same list.")] = 1,
-    kill: Annotated[float, typer.Option(metavar="RATE", help="SIGKILLs per second.")] = 0.4,
-    stop: Annotated[float, typer.Option(metavar="RATE", help="SIGSTOPs per second, each for 0.2 to 6 s.")] = 0.1,
-    join: Annotated[float, typer.Option(metavar="RATE", help="New workers per second.")] = 0.6,
+    kill: Annotated[float, typer.Option(min=0, metavar="RATE", help="SIGKILLs per second.")] = 0.4,
+    stop: Annotated[float, typer.Option(min=0, metavar="RATE", help="SIGSTOPs per second, each for 0.2 to 6 s.")] = 0.1,
+    join: Annotated[float, typer.Option(min=0, metavar="RATE", help="New workers per second.")] = 0.6,
     kill_master: Annotated[bool, typer.Option("--kill-master", help="Kill the master, too, now and then, and start it again.")] = False,
-    gap: Annotated[float, typer.Option(metavar="S", help="How long a worker that is not stopped may commit nothing.")] = 20.0,
+    gap: Annotated[float, typer.Option(min=1, metavar="S", help="How long a worker that is not stopped may commit nothing.")] = 20.0,
     require_phases: Annotated[bool, typer.Option("--require-phases", help="Fail unless faults have hit every phase.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", "-J", metavar="FILE", help="Write the report there.")] = None,
     log_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep all logs there; default: only those of a failure.")] = None,
@@ -38,18 +39,7 @@ def stress_command(
 
     Exit code 1: there was a violation, and the report says which.
     """
-    config = Config(
-        peers=peers,
-        seconds=seconds,
-        seed=seed,
-        kill=kill,
-        stop=stop,
-        join=join,
-        kill_master=kill_master,
-        gap=gap,
-        require_phases=require_phases,
-        plant=plant,
-    )
+    config = Config(peers, seconds, seed, kill, stop, join, kill_master, gap, require_phases, plant)
     if show_events:
         typer.echo("\n".join(f"{event.at:7.2f} s  {event}" for event in draw_events(config)))
     elif not stress(config, json_file, log_dir):

@@ -209,8 +209,9 @@ class Driver:
                 await self._give_up(hang)
 
     async def _give_up(self, what: str) -> None:
-        """Have every process say in its log where it is, and end the run."""
-        for child in [self._master, *self._children.values()]:
+        """Have every process that is up say in its log where it is, and end the run."""
+        up = [child for ordinal, child in self._children.items() if Phase.STARTING not in self._pages[ordinal].phases()]
+        for child in [self._master, *up]:
             child.signal(signal.SIGUSR1)
             child.signal(signal.SIGUSR2)
         await asyncio.sleep(1.0)

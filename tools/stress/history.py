@@ -35,7 +35,6 @@ class Peer:
     """The last step of this connection"""
     steps: int = 0
     stopped: bool = False
-    resumed_at: float = 0.0
     stops: int = 0
     evictions: int = 0
     samples: list[dict[str, int]] = field(default_factory=list)
@@ -114,7 +113,7 @@ class History:
     def resumed(self, peer: Peer, at: float) -> None:
         """A worker goes on after a stop."""
         peer.stopped = False
-        peer.resumed_at = peer.due_at = at
+        peer.due_at = at
 
     def master_back(self, at: float) -> None:
         """There is a master again."""

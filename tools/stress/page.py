@@ -95,14 +95,8 @@ def watch_engines(page: Page) -> None:
     """Have the engines of this process note in the page how far they are. There is one at a time, in a thread of its own."""
     done: set[CallId] = set()
 
-    def links(engine: Engine, *args: Any) -> None:
-        page.note(ENGINE, WIRING)
-
-    def agreed(engine: Engine, *args: Any) -> None:
-        page.note(ENGINE, FETCHING)
-
-    def nothing(engine: Engine, *args: Any) -> None:
-        page.note(ENGINE, 0)
+    def at(value: int) -> Callable[..., None]:
+        return lambda *args: page.note(ENGINE, value)
 
     def send(engine: Engine, message: object) -> None:
         if isinstance(message, Done):
@@ -117,21 +111,14 @@ def watch_engines(page: Page) -> None:
         begun(engine, comm, record)
         page.note(ENGINE, 0)
 
-    def out(engine: Engine, *args: Any) -> None:
+    def out(engine: Engine) -> None:
         done.clear()
         page.note(DONE, 0)
         page.note(ENGINE, 0)
 
-    for name, note in {
-        "make_links": links,
-        "admitted": nothing,
-        "epoch_changed": nothing,
-        "agreed": agreed,
-        "send": send,
-        "start": begun,
-        "finish": ended,
-        "close": out,
-    }.items():
+    notes = {"make_links": at(WIRING), "admitted": at(0), "epoch_changed": at(0), "agreed": at(FETCHING)}
+    notes |= {"send": send, "start": begun, "finish": ended, "close": out}
+    for name, note in notes.items():
         setattr(Engine, name, _before(getattr(Engine, name), note))
 
 

@@ -65,7 +65,7 @@ class Screen:
     def _page(self, now: float) -> Group:
         table = Table(title=self._line(now), title_justify="left", title_style="", box=None, header_style="dim")
         for name in ("worker", "state", "uid", "step", "epoch", "world", "last step", "steps", "evicted"):
-            table.add_column(name, justify="right" if name not in ("worker", "state") else "left")
+            table.add_column(name)
         for peer in self._history.alive:
             table.add_row(*self._row(peer, now))
         log = [Text(line.split("\n")[0], style="red" if "VIOLATION" in line else "") for line in self._history.log[-EVENTS:]]

@@ -140,7 +140,7 @@ class Worker:
             await self._misbehave(made, state)
             self._check(made)
             fingerprint = " ".join(each.fingerprint for each in made)
-            advance(state, step, fingerprint, sum(each.outcome == "C" for each in made))
+            advance(state, step, fingerprint, fingerprint.count("C"))
             self._report(comm, state, step, made, fingerprint, info.bytes_received)
             step += 1
 
