@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pccl.core.codec import WireError
 from pccl.core.frames import Header
 from pccl.transports.base import Link, LinkHandler, OutFrame
-from pccl.transports.framing import FrameReader, FrameWriter
+from pccl.transports.framing import STAGE_BYTES, FrameReader, FrameWriter
 from pccl.transports.wire import Wire
 
 READS_AT_ONCE = 8
@@ -72,15 +72,22 @@ class WireLink(Link):
             self._wire.notify_writable(None)
             self._wire.notify_readable(None)
             try:
-                buffers = self._writer.buffers()
-                if buffers:
-                    self._wire.write(buffers)
+                self._write_last()
                 self._wire.shutdown()
             except OSError:
                 self._finish()
                 return
             self._wire.notify_readable(self._drain)
             self._linger = self._loop.call_later(LINGER, self._finish)
+
+    def _write_last(self) -> None:
+        """Send what fits of the frames that were handed over; their memory is not touched after that."""
+        buffers = self._writer.buffers()
+        try:
+            if buffers:
+                self._wire.write(buffers)
+        except BlockingIOError:  # then what is under way is all
+            pass
 
     async def wait_closed(self) -> None:
         """Until a closed link is gone; an open one is not waited for."""
@@ -112,10 +119,13 @@ class WireLink(Link):
 
     def _drain(self) -> None:
         """Read to the end, for nothing."""
-        scratch = memoryview(bytearray(4096))
+        scratch = memoryview(bytearray(STAGE_BYTES))
         try:
-            while self._wire.read([scratch]):
-                pass
+            for _ in range(READS_AT_ONCE):
+                if not self._wire.read([scratch]):
+                    break
+            else:
+                return
         except BlockingIOError:
             return
         except OSError:

@@ -21,6 +21,8 @@ from pccl.transports.wire import Wire
 logger = logging.getLogger("pccl.link")
 
 ACCEPTS_AT_ONCE = 64
+ACCEPT_PAUSE = 1.0
+"""Seconds without accepting after the descriptors have run out."""
 IOV_MAX = 1024
 
 _UNACKED = struct.Struct("=I")
@@ -43,7 +45,7 @@ class TcpWire(Wire):
 
     def fileno(self) -> int:
         """The socket's."""
-        return self._fd
+        return self._fd if self._sock is not None else -1
 
     def notify_readable(self, callback: Callable[[], None] | None) -> None:
         """Have the loop watch for bytes."""
@@ -181,10 +183,17 @@ class TcpTransport(StreamTransport):
             except OSError as e:
                 if e.errno in (errno.EMFILE, errno.ENFILE):
                     logger.error("cannot accept a link: %s; raise the limit of open files (ulimit -n)", e.strerror)
+                    loop = asyncio.get_running_loop()
+                    loop.remove_reader(listener.fileno())  # who waits there would keep the loop busy
+                    loop.call_later(ACCEPT_PAUSE, self._listen_again, listener)
                 return
             host = peer[0].removeprefix("::ffff:")
             self._warn(host)
             self._welcome_soon(TcpWire(sock), host)
+
+    def _listen_again(self, listener: socket.socket) -> None:
+        if listener in self._listeners:
+            asyncio.get_running_loop().add_reader(listener.fileno(), self._accept, listener)
 
     def _warn(self, host: str) -> None:
         """Say once that payloads are readable on the way."""
