@@ -157,10 +157,10 @@ class Engine:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._client.close()  # first: then the others find this peer gone, and not its links broken
         for uid in list(self.executor.flows):
             self.executor.drop_flow(uid)
         await self._transport.close()
-        await self._client.close()
         self._spare = None
 
     @property
