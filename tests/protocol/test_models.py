@@ -571,6 +571,35 @@ def test_m4_limit_two_updates_per_iteration() -> None:
     assert ends(*again) == ["committed"] * 3
 
 
+def test_m4_limit_a_collective_before_the_loop() -> None:
+    """Text `all_reduce()`, then `update(); all_reduce(); all_reduce()` for ever. The newcomer's first update is skipped where
+    the incumbents make a collective: that one ends at its deadline, for the newcomer passed it without a word; the next one
+    is a mismatch.
+    """
+    c = Cluster("AB")
+    c.add("J")
+    first = [c[name].call(Call()) for name in "AB"]
+    c.run()
+    updates = [c[name].update() for name in "AB"]
+    c.run()
+    second = [n.call(Call()) for n in c.nodes]
+    c.run()
+    assert ends(*first, *updates, *second) == ["committed"] * 7
+    third = [c[name].call(Call()) for name in "AB"]
+    assert c["J"].update().record.state is State.SKIPPED
+    calls = [c["J"].call(Call())]
+    announce(c)
+    settle(c)
+    assert not any(x.outcome and x.outcome.committed for x in third)
+    c["A"].expire(third[0], Reason.DEADLINE)
+    settle(c)
+    assert all(x.outcome and not x.outcome.committed for x in third)
+    calls += [c[name].update() for name in "AB"]
+    settle(c)
+    assert ends(*calls) == ["MISMATCH"] * 3
+    assert all(claims(x) == {Call().description, "update()"} for x in calls)
+
+
 def test_m4_limit_the_survivors_were_further() -> None:
     """Text `while comm.world_size < 3: update()`, then `update(); all_reduce()` for ever. J comes in as the third, A and B are
     lost, K comes in as the second: J is in its loop, K still waits for three.
