@@ -84,6 +84,10 @@ class Executor:
         if self._transfers.pop(transfer.key, None):
             transfer.halt()
 
+    def void(self, key: CallKey) -> None:
+        """The attempt will not go on: what its peers still send, for which they have credit, is dropped."""
+        self._dead[key.epoch].add(key.call)
+
     def discard(self, epoch: Epoch, call: int, uids: Iterable[int]) -> None:
         """A call has ended before its time: nothing of it is kept, and its members are told so."""
         self._dead[epoch].add(call)

@@ -432,8 +432,10 @@ class Engine:
             self.executor.halt(transfer)
 
     def halt(self, comm: int, record: Record) -> None:
-        """Stop a call's transfers; they hold no memory when this returns."""
+        """Stop a call's transfers for good; they hold no memory when this returns."""
         op = self._op(record)
+        for transfer in [t for t, o in self._running.items() if o is op]:
+            self.executor.void(transfer.key)
         self.stop(op)
         op.halt()
 
