@@ -407,6 +407,8 @@ class Round(_Parts):
     def halt(self) -> None:
         """Calls that the body makes now run with the next attempt."""
         self._running = False
+        if not self.sealed:  # a mismatch that was found before the end of the body names what there is
+            self.description = f"round({', '.join(part.description for part in self.parts)}, ...)"
 
     def is_complete(self) -> bool:
         """All parts, once the body is over."""
