@@ -589,13 +589,13 @@ def test_m4_limit_a_collective_before_the_loop() -> None:
     assert c["J"].update().record.state is State.SKIPPED
     calls = [c["J"].call(Call())]
     announce(c)
-    settle(c)
+    settle(c, 5.0)
     assert not any(x.outcome and x.outcome.committed for x in third)
     c["A"].expire(third[0], Reason.DEADLINE)
-    settle(c)
+    settle(c, 5.0)
     assert all(x.outcome and not x.outcome.committed for x in third)
     calls += [c[name].update() for name in "AB"]
-    settle(c)
+    settle(c, 5.0)
     assert ends(*calls) == ["MISMATCH"] * 3
     assert all(claims(x) == {Call().description, "update()"} for x in calls)
 
