@@ -187,6 +187,8 @@ class Done:
     description: str
     payload: bytes
     ack: int
+    flags: int = 0
+    """Of a call that was not announced: `Flag.AFTER_SKIP`, or nothing."""
 
 
 @message(5)

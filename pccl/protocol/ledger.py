@@ -149,11 +149,7 @@ class Ledger:
     def enter(self, uid: int, m: Enter, now: float) -> None:
         """A member has made a call."""
         if self._current(uid, m.epoch):
-            if m.flags & Flag.AFTER_SKIP:
-                self._skipped[uid] = m.call.n - 1
-                before = self.calls.get(CallId(None, m.call.n - 1))
-                if before and not before.verdict:
-                    self._compare(before, now)
+            self._note_skip(uid, m, now)
             call = self._claim(uid, m.call, m.signature, m.description, m.payload, now, m.flags)
             if call:
                 self._entered(uid, call)
@@ -163,6 +159,7 @@ class Ledger:
         if not self._current(uid, m.epoch):
             return
         self._acks[uid] = m.ack
+        self._note_skip(uid, m, now)
         call = self.calls.get(m.call)
         if call and call.flags & Flag.PLAIN:
             call.done.add(uid)
@@ -479,6 +476,14 @@ class Ledger:
             call.asks = type(codec.decode(payload))
         self._compare(call, now)
         return call
+
+    def _note_skip(self, uid: int, m: Enter | Done, now: float) -> None:
+        """The member has skipped the update just before this call: others may have made something else in its place."""
+        if m.flags & Flag.AFTER_SKIP:
+            self._skipped[uid] = m.call.n - 1
+            before = self.calls.get(CallId(None, m.call.n - 1))
+            if before and not before.verdict:
+                self._compare(before, now)
 
     def _compare(self, call: Call, now: float) -> None:
         """Find out whether the members' calls in one place match."""

@@ -147,7 +147,8 @@ class Membership:
             return
         record.state = State.DONE
         payload = b"" if record.payload else op.payload()
-        self.host.send(Done(self.comm, self.epoch, record.id, self._sign(op), op.description, payload, self.ack))
+        flags = 0 if record.announced else self._after_skip(record)
+        self.host.send(Done(self.comm, self.epoch, record.id, self._sign(op), op.description, payload, self.ack, flags))
         record.announced = True
 
     def give(self, record: Record) -> None:
@@ -397,12 +398,13 @@ class Membership:
 
     def _announce(self, record: Record, payload: bytes) -> None:
         op = record.op
-        before = self._records.get(CallId(None, record.id.n - 1)) if record.untagged else None
-        flags = Flag.RETRY * op.retry | Flag.SEALED * op.sealed | Flag.PLAIN * (not op.atomic)
-        if before and before.state is State.SKIPPED:
-            flags |= Flag.AFTER_SKIP
+        flags = Flag.RETRY * op.retry | Flag.SEALED * op.sealed | Flag.PLAIN * (not op.atomic) | self._after_skip(record)
         self.host.send(Enter(self.comm, self.epoch, record.id, self._sign(op), op.description, payload, flags))
         record.announced = True
+
+    def _after_skip(self, record: Record) -> int:
+        before = self._records.get(CallId(None, record.id.n - 1)) if record.untagged else None
+        return int(Flag.AFTER_SKIP) if before and before.state is State.SKIPPED else 0
 
     def _fail(self, record: Record, now: float) -> None:
         """This member ends the call before it is done, for all."""
