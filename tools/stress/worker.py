@@ -24,8 +24,8 @@ from pccl.tools.stress.program import Oracle, draw_calls
 
 State = dict[str, Any]
 
-PLANTED_AFTER = 5
-"""Steps of a worker before it does what it was planted to do."""
+PLANTED_AFTER, PLANTED_AMONG = 5, 3
+"""Steps among so many members that a worker makes before it does what it was planted to do."""
 CALL_TIMEOUT = 90.0
 """Deadline of the calls: the driver finds a hang before that."""
 CONNECTIONS = 1000
@@ -137,7 +137,7 @@ class Worker:
             page.enter(Phase.COLLECTIVE, rounds=sum(call.kind == "round" for call in calls))
             made = await make_all(comm, calls, self._oracle, step, self._own)
             page.enter(Phase.IDLE)
-            await self._misbehave(made, state)
+            await self._misbehave(comm, made, state)
             self._check(made)
             fingerprint = " ".join(each.fingerprint for each in made)
             advance(state, step, fingerprint, fingerprint.count("C"))
@@ -165,7 +165,6 @@ class Worker:
                 raise each.error
 
     def _report(self, comm: pccl.Communicator, state: State, step: int, made: list[Made], fingerprint: str, fetched: int) -> None:
-        self._steps += 1
         tell(
             "step",
             lineage=state["lineage"],
@@ -186,9 +185,10 @@ class Worker:
             usage=usage(comm),
         )
 
-    async def _misbehave(self, made: list[Made], state: State) -> None:
+    async def _misbehave(self, comm: pccl.Communicator, made: list[Made], state: State) -> None:
         """Do wrong, if that is what this worker is there for."""
-        if not self._plant or self._steps < PLANTED_AFTER:
+        self._steps += comm.world_size >= PLANTED_AMONG
+        if not self._plant or self._steps <= PLANTED_AFTER:
             return
         if self._plant == "leak":
             self._leaked += [os.open(os.devnull, os.O_RDONLY) for _ in range(4)]
