@@ -63,11 +63,10 @@ class Adversary:
         """No more faults: everything that can happen, happens; the programs run to their end."""
         c = self.cluster
         for n in c.nodes:
-            if not n.alive and n.conn is not None:
-                c.notice(n)
-            elif n.alive and n.ended is None and n.conn is None:
+            if not n.over and n.conn is None:
                 n.connect()
         for _ in range(60):
+            self.find_gone()
             c.run()
             for n in list(c.nodes):
                 while self.may_call(n) and self.place[n] < self.calls:
@@ -77,12 +76,18 @@ class Adversary:
             c.check()
         self.finish_programs()
 
+    def find_gone(self) -> None:
+        for n in self.cluster.nodes:
+            if n.over and n.conn is not None:
+                self.cluster.notice(n)
+
     def finish_programs(self) -> None:
         """Whoever is behind (it joined late, or a member left) brings the others' calls to an end by making its own; then all
         must have ended.
         """
         c = self.cluster
         for _ in range(200):
+            self.find_gone()
             c.run()
             c.tick(0.3)
             members = [n for n in c.nodes if n.member and n not in self.leavers]
@@ -106,9 +111,9 @@ class Adversary:
         for n in c.nodes:
             if n.outbox:
                 out.append((f"master hears {n.name}", 6, lambda n=n: c.to_master(n)))
+            if n.over and n.conn is not None and not n.outbox:
+                out.append((f"master finds {n.name} gone", 3, lambda n=n: c.notice(n)))
             if not n.alive:
-                if n.conn is not None and not n.outbox:
-                    out.append((f"master finds {n.name} dead", 3, lambda n=n: c.notice(n)))
                 continue
             if n.inbox:
                 out.append((f"{n.name} hears", 6, lambda n=n: c.to_node(n)))

@@ -203,6 +203,11 @@ class Node:
         pass
 
     @property
+    def over(self) -> bool:
+        """Whether its connection is closed, or about to be: it is dead, or has ended."""
+        return not self.alive or self.ended is not None
+
+    @property
     def member(self) -> bool:
         return self.alive and self.ended is None and ROOT in self.peer.comms
 

@@ -114,8 +114,8 @@ class Protocol(RuleBasedStateMachine):
             node.die()
 
     @rule(who=st.integers(0, 5))
-    def is_found_dead(self, who: int) -> None:
-        if node := self.pick(who, lambda n: not n.alive and n.conn is not None):
+    def is_found_gone(self, who: int) -> None:
+        if node := self.pick(who, lambda n: n.over and n.conn is not None):
             self.run.cluster.notice(node)
 
     @rule(who=st.integers(0, 5))
@@ -182,7 +182,6 @@ def test_hypothesis_finds_no_broken_promise() -> None:
     explore(150)
 
 
-@pytest.mark.parametrize("off", [without_rule.no_fence, without_rule.no_new_terms])
-def test_hypothesis_finds_a_rule_that_is_off(off: Plant) -> None:
-    with without(off), pytest.raises(AssertionError):
-        explore(150, (Phase.generate,))
+def test_hypothesis_finds_a_rule_that_is_off() -> None:
+    with without(without_rule.no_fence), pytest.raises(AssertionError):
+        explore(400, (Phase.generate,))
