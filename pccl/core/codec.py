@@ -15,6 +15,8 @@ from typing import Any, TypeVar, dataclass_transform
 
 import msgpack
 
+MAX_ITEMS = 1 << 20
+"""Fields and elements in one message, all told."""
 MAX_MESSAGE = 16 << 20
 """Bytes; a longer control message is refused unread."""
 
@@ -47,9 +49,9 @@ def message(code: int) -> Callable[[T], T]:
 
 
 def encode(item: Any) -> bytes:
-    """The bytes of a message."""
+    """The bytes of a message. What cannot be written in UTF-8 (names of files have such characters) becomes question marks."""
     code, names = _code_of[type(item)]
-    packed: bytes = msgpack.packb([code, *[getattr(item, name) for name in names]])
+    packed: bytes = msgpack.packb([code, *[getattr(item, name) for name in names]], unicode_errors="replace")
     return packed
 
 
@@ -62,9 +64,10 @@ def decode(data: bytes | memoryview) -> Any:
     if len(data) > MAX_MESSAGE:
         raise WireError(f"a message of {len(data)} bytes, {MAX_MESSAGE} are allowed")
     try:
-        raw = msgpack.unpackb(data, use_list=False, ext_hook=_no_ext, strict_map_key=True)
+        count = _Count() if len(data) > MAX_ITEMS else None  # a shorter one cannot have so many
+        raw = msgpack.unpackb(data, use_list=False, list_hook=count, max_array_len=MAX_ITEMS, max_map_len=0, max_ext_len=0)
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as e:
-        raise WireError(f"not MessagePack: {e!r}") from None
+        raise WireError(f"not MessagePack: {type(e).__name__}: {e}") from None
     if type(raw) is not tuple or not raw or type(raw[0]) is not int:
         raise WireError("not a message")
     known = _class_of.get(raw[0])
@@ -79,8 +82,17 @@ def decode(data: bytes | memoryview) -> Any:
         raise WireError(f"{cls.__name__}: {e}") from None
 
 
-def _no_ext(code: int, data: bytes) -> Any:
-    raise ValueError("extension types are not allowed")
+class _Count:
+    """Gives up on a message with too many items, while it is unpacked: small ones take up to 80 times their bytes in memory."""
+
+    def __init__(self) -> None:
+        self._left = MAX_ITEMS
+
+    def __call__(self, items: tuple[Any, ...]) -> tuple[Any, ...]:
+        self._left -= len(items)
+        if self._left < 0:
+            raise ValueError(f"more than {MAX_ITEMS} items")
+        return items
 
 
 def _checker(hint: Any) -> Checker:
@@ -142,7 +154,8 @@ def _tuple_of(item: Checker) -> Checker:
 def _fixed(hint: Any, make: Callable[[list[Any]], Any], items: list[Checker]) -> Checker:
     def check(value: Any) -> Any:
         if type(value) is not tuple or len(value) != len(items):
-            raise WireError(f"{value!r:.80} instead of {getattr(hint, '__name__', hint)}")
+            what = f"{len(value)} items" if type(value) is tuple else type(value).__name__
+            raise WireError(f"{what} instead of {getattr(hint, '__name__', hint)}")
         return make([item(v) for item, v in zip(items, value, strict=True)])
 
     return check
