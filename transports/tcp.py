@@ -130,7 +130,10 @@ class TcpTransport(StreamTransport):
     async def _serve(self) -> tuple[str, ...]:
         loop = asyncio.get_running_loop()
         everywhere = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
-        addresses = [everywhere] if self._host == "" else await resolve(self._host, self._port)
+        try:
+            addresses = [everywhere] if self._host == "" else await resolve(self._host, self._port)
+        except OSError as e:
+            raise ConnectError(f"cannot listen for links on {self._host}: the name is not known here ({e}); give another one") from None
         port = self._port
         for address in addresses[:1]:
             family = socket.AF_INET6 if ":" in address else socket.AF_INET

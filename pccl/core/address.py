@@ -51,9 +51,11 @@ def parse_endpoint(text: str, name: str) -> tuple[str, int | None]:
     try:
         bare = ":" not in text or (text.startswith("[") and text.endswith("]")) or (text.count(":") > 1 and not text.startswith("["))
         if bare:
+            if ":" in text:
+                ipaddress.IPv6Address(text.strip("[]"))
             return text.strip("[]"), None
         parsed = parse_address(text, name)
-    except InvalidArgument:
+    except ValueError:
         raise InvalidArgument(f"{name}: host or host:port is needed, not {text!r}") from None
     return parsed.host, parsed.port
 
