@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Generic, TypedDict, TypeVar, Unpack
+from typing import Any, Generic, TypedDict, TypeGuard, TypeVar, Unpack
 
 import numpy as np
 
@@ -401,8 +401,8 @@ class Handle(Collectives[R]):
 
     def _split(self, color: int | None, key: int, timeout: float | None) -> Operation:
         for name, value in (("color", color), ("key", key)):
-            if isinstance(value, bool) or not isinstance(value, (int, type(None) if name == "color" else int)):
-                raise InvalidArgument(f"{name}: an integer{' or None' if name == 'color' else ''} is needed, not {value!r}")
+            if not _is_integer(value) and not (name == "color" and value is None):
+                raise InvalidArgument(f"{name}: an integer of 64 bits{' or None' if name == 'color' else ''} is needed, not {value!r}")
         return Split(self._comm, "split()", color=color, order=key, timeout=timeout)
 
     def _subgroup(self, ranks: Sequence[int], timeout: float | None) -> Operation:
@@ -434,9 +434,22 @@ class Handle(Collectives[R]):
 
 def check_tag(tag: object) -> Tag:
     """A tag as it was given."""
-    if tag is None or (isinstance(tag, (int, str)) and not isinstance(tag, bool)):
+    if tag is None or _is_integer(tag) or (isinstance(tag, str) and len(tag) <= 256 and _is_unicode(tag)):
         return tag
-    raise InvalidArgument(f"tag: an integer, a string or None is needed, not {tag!r}")
+    raise InvalidArgument(f"tag: an integer of 64 bits, a string of up to 256 characters, or None is needed, not {tag!r:.100}")
+
+
+def _is_integer(value: object) -> TypeGuard[int]:
+    """Whether a message can hold it."""
+    return isinstance(value, int) and not isinstance(value, bool) and -(1 << 63) <= value < 1 << 63
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_retry(retry: object, atomic: bool) -> bool:
