@@ -18,6 +18,7 @@ EPOCH = Epoch(1, 2, 3)
 lengths = st.one_of(
     st.integers(0, 10), st.integers(0, 3000), st.sampled_from([STAGE_BYTES - 1, STAGE_BYTES, STAGE_BYTES + 1, 40_000, 300_000])
 )
+bad_seals = st.binary(min_size=SEAL_BYTES, max_size=SEAL_BYTES).filter(lambda seal: seal != SEAL_GOOD)
 pieces = st.lists(st.integers(1, 100) | st.integers(1, 50_000), min_size=1, max_size=20)
 
 
