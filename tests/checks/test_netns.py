@@ -94,12 +94,14 @@ async def running(net: Net) -> AsyncIterator[list[Peer]]:
         return asyncio.create_subprocess_exec(*words, stdin=pipe, stdout=pipe, cwd=ROOT, env=env)
 
     master = await inside(net.hub, "-m", "pccl.tools", "master", "--listen", f"{HUB}:48148", "--insecure", "--heartbeat-timeout", "2")
+    # all three come in at once: of two that cannot reach each other, with nobody else there, one would be refused
+    settings: dict[str, Any] = QUICK | {"dial_timeout": 1.0, "path_timeout": 1.0, "min_world_size": 3}
     async with AsyncExitStack() as stack:
         stack.push_async_callback(end, master)
         await master.stdout.readline()
         peers = []
         for k, name in enumerate(net.hosts):
-            arguments = pickle.dumps((f"{HUB}:48148", f"P{k}", 3, False, QUICK | {"dial_timeout": 1.0, "path_timeout": 1.0})).hex()
+            arguments = pickle.dumps((f"{HUB}:48148", f"P{k}", 3, False, settings)).hex()
             peers.append(Peer(f"P{k}", await inside(name, "-m", "tests.checks.child", arguments)))
             stack.push_async_callback(peers[-1].bury)
         assert await asyncio.gather(*(p.do(world_size) for p in peers)) == [3, 3, 3]
