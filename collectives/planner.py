@@ -63,12 +63,14 @@ def plan(
     *,
     root: int = -1,
     broken: tuple[tuple[int, int], ...] = (),
+    near: bool = False,
 ) -> Plan:
     """The plan for a call.
 
     Args:
         algorithm: "auto", or a name of `algorithms(collective, world)`.
         count: elements per segment (see `pccl.core.step`).
+        near: all members are on one host, where a hop costs less than the frames that it saves.
         broken: pairs of ranks without a link between them; then every algorithm but a spanning tree's is out of the question.
 
     Raises:
@@ -90,7 +92,7 @@ def plan(
             raise Unreachable(f"the members are not connected by links, and nobody else relays for them: {e}") from None
         return Plan(build(collective, "spanning_tree", world, root=root, parents=parents), _slice(nbytes, itemsize))
     if algorithm == "auto":
-        algorithm = _choose(collective, nbytes, world)
+        algorithm = _choose(collective, nbytes, world, near)
     cuts = 0
     if collective == "all_reduce" and algorithm == "direct" and nbytes <= ONE_SHOT:
         cuts = 1
@@ -111,10 +113,12 @@ def check_algorithm(collective: str, algorithm: str) -> None:
             raise InvalidArgument(f"algorithm: {algorithm!r} is not known for {collective}; there are {', '.join(known)}")
 
 
-def _choose(collective: str, nbytes: int, world: int) -> str:
+def _choose(collective: str, nbytes: int, world: int, near: bool) -> str:
     if collective == "all_reduce":
+        if nbytes <= ONE_SHOT and world >= MANY:
+            return "tree"
         if nbytes <= ONE_SHOT:
-            return "direct" if world < MANY else "tree"
+            return "star" if near and world > 2 else "direct"
         return "ring" if nbytes >= (1 << 20) or world < MANY else "halving_doubling"
     if nbytes <= ONE_SHOT and world >= MANY and collective in ("broadcast", "reduce", "gather", "scatter"):
         return "tree"

@@ -362,6 +362,9 @@ class Engine:
         except Refusal as e:
             logger.warning("no link to peer %d: %s", uid, e)
             return False
+        if self.executor.flows.get(uid) is not flow:  # the peer, or this one, has gone meanwhile
+            link.close()
+            return False
         flow.attach(link)
         self._served = {}
         return True

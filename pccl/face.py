@@ -82,12 +82,13 @@ class Collectives(ABC, Generic[R]):
             out: where the result goes, like x; may be x.
             accumulate: "float32" lets half floats travel and add up in float32, at twice the bytes.
         """
-        given, result = memory_of(x, "x"), None if out is None else memory_of(out, "out", write=True)
+        given = result = memory_of(x, "x", write=out is None)
         reduction = reduce_op(op, given.dtype)
-        if result is None:
-            result = memory_of(x, "x", write=True)
-        self._same_size("out", result, "x", given, 1)
-        where = self._overlap(given, result)
+        where = Overlap.SAME if given.count else Overlap.NONE
+        if out is not None:
+            result = memory_of(out, "out", write=True)
+            self._same_size("out", result, "x", given, 1)
+            where = self._overlap(given, result)
         return self._do(
             Part(
                 "all_reduce",
@@ -372,8 +373,8 @@ class Handle(Collectives[R]):
 
     def _operation(self, part: Part, how: How) -> Operation:
         """The operation that a part and its keywords make."""
-        unknown = set(how) - How.__annotations__.keys()
-        if unknown:
+        if not how.keys() <= How.__annotations__.keys():
+            unknown = how.keys() - How.__annotations__.keys()
             raise InvalidArgument(f"{', '.join(sorted(unknown))}: no such keyword; there are {', '.join(How.__annotations__)}")
         atomic = bool(how.get("atomic", True))
         return Collective(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -24,6 +25,8 @@ class Admission(Generic[N, C]):
     call: C | None
     """The update that lets the newcomers in; None where links are made again, or the group was empty."""
     dials: list[Dial]
+    began: float
+    """When the present round began"""
     waiting: set[int] = field(default_factory=set)
     """Uids that have not yet said which of their dials failed."""
     failed: list[Dial] = field(default_factory=list)
@@ -40,11 +43,16 @@ class Admission(Generic[N, C]):
         self.failed += [(uid, other) for other in failed if (uid, other) in self.dials]
         return not self.waiting
 
-    def turn(self) -> bool:
+    def overdue(self, uids: Iterable[int]) -> list[tuple[int, tuple[int, ...]]]:
+        """Those of these members who have not said how their dials went, and whom they were to dial."""
+        return [(u, tuple(other for dialer, other in self.dials if dialer == u)) for u in uids if u in self.waiting]
+
+    def turn(self, now: float) -> bool:
         """Begin the second round if one is due: each failed pair the other way round."""
         if self.reversed or not self.failed:
             return False
         self.dials, self.failed, self.reversed = [(other, dialer) for dialer, other in self.failed], [], True
+        self.began = now
         self.waiting = {dialer for dialer, _ in self.dials}
         return True
 

@@ -181,6 +181,7 @@ class Group:
             ledger.tick(now, self._options.log_waiting)
         self._check_alive()
         self._check_stalls()
+        self._check_newcomers()
 
     # --- ledgers call back ------------------------------------------------------------------------------------------
 
@@ -391,7 +392,7 @@ class Group:
 
     def _begin_links(self, newcomers: list[Peer], call: Call | None, dials: list[Dial]) -> None:
         self._admissions += 1
-        self._admission = Admission(self._admissions, self._random_bytes(32), newcomers, call, dials)
+        self._admission = Admission(self._admissions, self._random_bytes(32), newcomers, call, dials, self._now)
         self._dial()
 
     def _dial(self) -> None:
@@ -410,7 +411,7 @@ class Group:
     def _ready(self, peer: Peer, m: Ready) -> None:
         admission = self._admission
         if admission and m.admission == admission.number and admission.ready(peer.uid, m.failed):
-            if admission.turn():
+            if admission.turn(self._now):
                 self._dial()
             else:
                 self._conclude_links()
@@ -531,6 +532,15 @@ class Group:
                 self._moved_at = self._now
                 text = next(iter(stuck[0].claims.values()))[1]
                 ledger.stop(Reason.STALL, f"{text} did not move for {limit:.0f} s although every member had made the call")
+
+    def _check_newcomers(self) -> None:
+        """Newcomers that do not say how their dials went are taken to have failed: the members wait for nobody who is not one of them."""
+        admission = self._admission
+        limit = self._options.dial_timeout + 2 * self._options.heartbeat_timeout
+        if admission and self._now >= admission.began + limit:
+            for uid, dials in admission.overdue([p.uid for p in admission.newcomers]):
+                if self._admission is admission:
+                    self._ready(self.peers[uid], Ready(admission.number, dials))
 
     # --- takeover ---------------------------------------------------------------------------------------------------
 

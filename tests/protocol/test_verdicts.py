@@ -291,3 +291,26 @@ def test_a_skipped_update_does_not_hide_a_mismatch() -> None:
         assert call.outcome
         assert call.outcome.reason == Reason.MISMATCH
         assert {claim.description for claim in call.outcome.claims} == {"update()", call.description}
+
+
+def test_a_newcomer_that_is_alive_but_makes_no_links_is_not_waited_for() -> None:
+    c = Cluster("AB")
+    c.run()
+    c.add("J")
+    for n in c.nodes:
+        n.make_links = lambda m, n=n: n.name != "J" and n.peer.links_made(m.admission, m.dial)  # type: ignore[method-assign]
+    c.pump()
+    updates = [n.update() for n in c.nodes[:2]]
+    for _ in range(60):
+        c.tick(0.5)
+        for n in c.nodes:
+            if n.ended is None:
+                n.peer.beat(1)
+        c.run()
+    assert all(x.outcome and x.outcome.committed for x in updates)
+    assert [m.name for m in c["A"].peer.root.view.members] == ["A", "B"]
+    assert not c["J"].member
+    assert c["J"].ended
+    call = [n.call(Call()) for n in c.nodes[:2]]
+    c.run()
+    assert all(x.outcome and x.outcome.committed for x in call)
