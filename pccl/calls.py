@@ -344,6 +344,11 @@ class _Parts(Operation):
         """A part has its result."""
         self.parts[transfer.key.sub].done = True
 
+    def forget(self) -> None:
+        """It is over, and knows no tensors any more."""
+        super().forget()
+        self.parts = []
+
     def restore(self) -> None:
         """Give the caller all inputs back."""
         for part in self.parts:

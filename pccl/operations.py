@@ -78,7 +78,16 @@ class Operation:
         """The caller's result, or an exception."""
         if not self.settled:
             self.settled = True
-            self.on_settled(result)
+            tell = self.on_settled
+            self.forget()
+            tell(result)
+
+    def forget(self) -> None:
+        """It is over: what it knows of its caller goes. In a circle of references it would stay until the collector comes."""
+        if self.deadline:
+            self.deadline.cancel()
+        self.deadline = None
+        del self.on_settled
 
     def payload(self) -> bytes:
         """What this member gives to the call."""

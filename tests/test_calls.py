@@ -68,3 +68,38 @@ async def test_a_round_that_has_ended_holds_no_memory(monkeypatch: pytest.Monkey
         infos = await asyncio.gather(peer(master.address), peer(master.address))
     assert [info.world_size for info in infos[0] + infos[1]] == [2] * 6
     assert len(spares) == 6
+
+
+@pytest.mark.usefixtures("_no_collector")
+@pytest.mark.parametrize("atomic", [True, False])
+async def test_a_call_that_has_ended_knows_no_tensors(atomic: bool) -> None:
+    async def peer(address: str) -> weakref.ref[npt.NDArray[Any]]:
+        async with pccl.connect(address, min_world_size=2) as comm:
+            x = np.ones(100)
+            info = await comm.all_reduce(x, atomic=atomic)
+            assert info.out is x
+            ref = weakref.ref(x)
+            del x, info
+            await comm.barrier()
+            assert ref() is None
+            return ref
+
+    async with pccl.Master() as master:
+        await asyncio.gather(peer(master.address), peer(master.address))
+
+
+@pytest.mark.usefixtures("_no_collector")
+async def test_a_blocking_call_that_has_ended_knows_no_tensors() -> None:
+    def alone(address: str) -> None:
+        with pccl.sync.connect(address) as comm:
+            x = np.ones(100)
+            comm.all_reduce(x)
+            with comm.round() as calls:
+                calls.all_reduce(x)
+            ref = weakref.ref(x)
+            del x, calls
+            comm.barrier()
+            assert ref() is None
+
+    async with pccl.Master() as master:
+        await asyncio.to_thread(alone, master.address)

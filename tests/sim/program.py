@@ -147,8 +147,9 @@ class Trainer:
         self.book.founded[name] = self.book.founded[older[0]] if older else view.epoch
         make = comm._operation
 
-        def note(*args: Any) -> Operation:
-            op = make(*args)
+        def note(part: Any, *args: Any) -> Operation:
+            op = make(part, *args)
+            op.noted = part  # type: ignore[attr-defined]  # which the operation itself forgets
             MADE.get([]).append(op)
             return op
 
@@ -368,7 +369,7 @@ class Trainer:
                 except asyncio.CancelledError:
                     op = MADE.get()[-1]
                     if op.record.state is State.COMMITTED:  # it came too late: the result is in the buffer
-                        return op.parts[0].info  # type: ignore[attr-defined]
+                        return op.noted.info  # type: ignore[attr-defined]
                     raise CollectiveAborted("cancelled by the test") from None
             return await task
         finally:

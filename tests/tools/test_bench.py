@@ -168,6 +168,7 @@ def ordered(row: dict[str, Any]) -> bool:
 
 
 @pytest.mark.process
+@pytest.mark.timeout(120)
 def test_table_against_gloo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("torch")
     rows = rows_of(tmp_path, "--sizes", "4,1K", "--peers", "2", "--seconds", "0")
