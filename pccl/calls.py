@@ -153,8 +153,9 @@ class Part:
         root = uids.index(self._root) if self._root >= 0 else -1
         self._stage(engine, rank, world, root, atomic)
         count = self._count(world)
+        near = len({m.host for m in view.members}) == 1
         try:
-            planned = plan(self.collective, self._algorithm, world, count, self._work.itemsize, root=root, broken=broken)
+            planned = plan(self.collective, self._algorithm, world, count, self._work.itemsize, root=root, broken=broken, near=near)
         except Unreachable as e:
             survivors = tuple(m.name for m in view.members)
             raise CollectiveAborted(f"{self.description}: {e}", call=self.description, reason=str(e), survivors=survivors) from None
