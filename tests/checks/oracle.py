@@ -50,7 +50,7 @@ def check(op: str, dtype: DType, inputs: Sequence[Array], got: Array, *, algorit
             want = WRAPPING[op](want, x)
         np.testing.assert_array_equal(got, want)
         return
-    wide: Any = np.clongdouble if dtype.kind == "complex" else np.longdouble if dtype.name == "float64" else np.float64
+    wide: Any = {"float64": np.longdouble, "complex64": np.complex128, "complex128": np.clongdouble}.get(dtype.name, np.float64)
     terms = [x.astype(wide) for x in inputs]
     world, u = len(inputs), UNIT[dtype.name]
     if factors:
