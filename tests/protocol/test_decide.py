@@ -173,8 +173,8 @@ def test_tags_and_pairs_have_their_own_order() -> None:
 
 def test_a_pair_is_not_asked_after_by_others() -> None:
     """Members 0 and 1 are done with what they sent each other; that 2 has never heard of it is no gap."""
-    one = CallReport(CallId(None, 0, Pair(0, 1)), "D", 1, -1, False, b"")
-    uses = (TagUse(None, Pair(0, 1), 1),)
+    one = CallReport(CallId("t", 0, Pair(0, 1)), "D", 1, -1, False, b"")
+    uses = (TagUse("t", Pair(0, 1), 1),)
     ruling = rule(report(0, one, tags=uses), report(0, one, tags=uses), report(0))
     assert {d.call: d.verdict for d in ruling.decisions} == {one.call: "C"}
 

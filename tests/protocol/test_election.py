@@ -65,6 +65,10 @@ def test_a_newcomer_may_hold_what_is_true() -> None:
     assert truth(offer(5, "x", synced=2), offer(5, "x", known=2)).holders == (0, 1)
 
 
+def test_what_is_true_counts_whatever_revision_it_is_called() -> None:
+    assert truth(offer(5, "x", synced=2), offer(4, "x", synced=2)).holders == (0, 1)
+
+
 def test_a_newcomer_that_is_ahead_has_to_go_unless_it_wants_to_receive() -> None:
     ahead = outcome(offer(5, "x", synced=2), offer(6, "y", known=2))
     assert isinstance(ahead, dict)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 
 from pccl.core import codec
-from pccl.core.messages import PROTOCOL_VERSION, CallReport, Complaint, Hello, Leave, PeerInfo, Reason, Refused, Report, SplitAsk
+from pccl.core.messages import PROTOCOL_VERSION, CallReport, Complaint, Hello, Leave, Link, PeerInfo, Reason, Refused, Report, SplitAsk
 from pccl.core.options import Options
 from pccl.core.types import CallId, Epoch
+from pccl.protocol.admission import Admission
 from pccl.protocol.peer import ROOT, Standpoint
+from pccl.protocol.reach import outcasts
 from pccl.protocol.record import State
 from tests.protocol.cluster import Call, Cluster, Node
 
@@ -590,3 +592,64 @@ def test_garbage_in_a_report_is_found_when_it_comes() -> None:
     c["B"].connect()
     c.run()
     assert names(c["A"]) == names(c["B"]) == "AB"
+
+
+def test_who_was_lost_with_the_master_is_named() -> None:
+    c = Cluster("ABC")
+    c["C"].die()
+    c.restart()
+    c.run()
+    c.tick(c.options.heartbeat_timeout + 0.1)
+    c.run()
+    calls = [c[name].call(Call()) for name in "AB"]
+    c.run()
+    assert committed(*calls) == [False, False]
+    assert [[m.name for m in x.outcome.view.lost] for x in calls if x.outcome] == [["C"], ["C"]]
+
+
+def test_who_had_closed_a_sub_communicator_has_left_it_when_the_master_is_replaced() -> None:
+    c = Cluster("AB")
+    for n in c.nodes:
+        n.call(Call("split", body=codec.encode(SplitAsk(0, 0))))
+    c.run()
+    sub = c["A"].subs[0].comm
+    del c["B"].peer.comms[sub]
+    c.restart()
+    c.run()
+    view = c["A"].peer.comms[sub].view
+    assert [m.name for m in view.members] == ["A"]
+    assert [m.name for m in view.left] == ["B"]
+    assert not view.lost
+
+
+def test_an_update_whose_members_used_a_tag_differently_is_a_mismatch() -> None:
+    """A newcomer could not know how often it was used."""
+    c = Cluster("AB")
+    c["A"].call(Call("t", tag="t", atomic=False))
+    updates = [n.update() for n in c.nodes]
+    c["A"].expire(c["A"].calls[0], Reason.CANCELLED)
+    c.tick(0.02)
+    c.pump()
+    c.tick(0.2)
+    c.pump()
+    assert [x.outcome.reason for x in updates if x.outcome] == [Reason.MISMATCH] * 2
+
+
+def test_a_links_round_ends_when_each_dialler_has_spoken_once() -> None:
+    made: Admission[str, str] = Admission(1, b"", [], None, [(2, 0), (1, 0)], began=0.0)
+    assert not made.ready(2, (0, 7))  # it was not to dial 7
+    assert not made.ready(2, ())
+    assert not made.ready(9, ())
+    assert made.ready(1, ())
+    assert not made.ready(1, ())
+    assert made.turn(1.0)
+    assert made.dials == [(0, 2)]
+    assert made.ready(0, (2,))
+    assert not made.turn(1.0)
+    assert made.broken == {(0, 2)}
+
+
+def test_of_two_that_cannot_reach_each_other_the_younger_goes() -> None:
+    assert outcasts([3, 5], {Link(3, 5)}) == {5}
+    assert outcasts([0, 1, 2], {Link(0, 1)}) == set()  # they reach each other through 2
+    assert outcasts([0, 1, 2, 3], {Link(0, 2), Link(0, 3), Link(1, 2), Link(1, 3)}) == {2, 3}
