@@ -97,8 +97,8 @@ class Group:
         self._admission: Admission[Peer, Call] | None = None
         self._takeover_ends: float | None = None
         """Until when members may report to this master, who does not know the group."""
-        self._reports: dict[int, tuple[Peer, Report]] = {}
-        """uid -> the reports of a takeover"""
+        self._reports: dict[Member, tuple[Peer, Report]] = {}
+        """The reports of a takeover. A uid is not enough to tell members: some may be of an older group that the last master never knew."""
         self._resting: Call | None = None
         """An update that waits for the group to be large enough."""
         self._relink: set[Link] = set()
@@ -161,8 +161,8 @@ class Group:
         if peer in self.pending:
             self.pending.remove(peer)
         elif self._takeover_ends is not None:
-            if self._reports.get(peer.uid, (None,))[0] is peer:
-                del self._reports[peer.uid]
+            if self._reports.get(peer.member, (None,))[0] is peer:
+                del self._reports[peer.member]
         elif self.peers.get(peer.uid) is peer:
             self._lose(peer.uid, f"the control connection of {peer.info.name} closed")
 
@@ -551,9 +551,9 @@ class Group:
             codec.decode(payload)  # raises here, where the sender is known
         if self._takeover_ends is not None:
             peer.uid, peer.info, peer.last_beat = m.uid, m.peer, self._now
-            self._reports[m.uid] = peer, m
-            newest = newest_epoch({u: r for u, (_, r) in self._reports.items()}, ROOT)
-            if newest and all(member.uid in self._reports for member in newest.members):
+            self._reports[peer.member] = peer, m
+            newest = newest_epoch((r for _, r in self._reports.values()), ROOT)
+            if newest and all(member in self._reports for member in newest.members):
                 self._conclude_takeover()
         elif self.peers.get(peer.uid) is not peer:
             self.outbox.append(([peer.conn], Gone(self.rid, Reason.TAKEOVER, "it was silent while its master was replaced")))
@@ -564,21 +564,19 @@ class Group:
 
     def _conclude_takeover(self) -> None:
         """Go on with those who reported, as this group's master."""
-        peers = {uid: peer for uid, (peer, _) in self._reports.items()}
-        reports = {uid: report for uid, (_, report) in self._reports.items()}
-        self._takeover_ends, self._reports = None, {}
-        comms = rebuild(reports, ROOT)
-        if not comms:
+        found, self._takeover_ends, self._reports = self._reports, None, {}
+        newest = newest_epoch((r for _, r in found.values()), ROOT)
+        if newest is None:
             self._form()
             return
-        everyone = [r for m in reports.values() for r in m.comms]
+        comms = rebuild({m.uid: found[m][1] for m in newest.members if m in found}, ROOT)
+        everyone = [r for _, m in found.values() for r in m.comms]
         self._term = 1 + max(r.epoch.term for r in everyone)
         self._number = max(r.epoch.number for r in everyone)
         self._next_uid = max(r.next_uid for r in everyone)
         self.broken = set(comms[0].newest.broken)
-        survivors = {m.uid for m in comms[0].survivors}
-        self.peers = {uid: peer for uid, peer in peers.items() if uid in survivors}
-        stale = [peer.conn for uid, peer in peers.items() if uid not in survivors]
+        self.peers = {m.uid: found[m][0] for m in comms[0].survivors}
+        stale = [peer.conn for m, (peer, _) in found.items() if self.peers.get(m.uid) is not peer]
         self.outbox.append((stale, Gone(self.rid, Reason.TAKEOVER, "the group had gone on without it before its master was replaced")))
         for c in comms:
             ledger = Ledger(self, c.comm, c.epoch, c.survivors, min_world_size=c.newest.min_world_size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from pccl.core import codec
@@ -24,14 +24,14 @@ class Rebuilt(NamedTuple):
     newest: CommReport
 
 
-def newest_epoch(reports: Mapping[int, Report], comm: int) -> CommReport | None:
+def newest_epoch(reports: Iterable[Report], comm: int) -> CommReport | None:
     """The report of the highest epoch of a communicator."""
-    return max((r for m in reports.values() for r in m.comms if r.comm == comm), key=lambda r: r.epoch, default=None)
+    return max((r for m in reports for r in m.comms if r.comm == comm), key=lambda r: r.epoch, default=None)
 
 
 def rebuild(reports: Mapping[int, Report], root: int) -> list[Rebuilt]:
     """Every communicator that members of the newest epoch of `root` report, that one first."""
-    newest = newest_epoch(reports, root)
+    newest = newest_epoch(reports.values(), root)
     if newest is None:
         return []
     present = {m.uid: reports[m.uid] for m in newest.members if m.uid in reports}
@@ -39,7 +39,7 @@ def rebuild(reports: Mapping[int, Report], root: int) -> list[Rebuilt]:
 
 
 def _rebuild_one(present: Mapping[int, Report], comm: int) -> Rebuilt:
-    newest = newest_epoch(present, comm)
+    newest = newest_epoch(present.values(), comm)
     assert newest
     own: dict[int, CommReport] = {}
     left = []

@@ -653,3 +653,34 @@ def test_of_two_that_cannot_reach_each_other_the_younger_goes() -> None:
     assert outcasts([3, 5], {Link(3, 5)}) == {5}
     assert outcasts([0, 1, 2], {Link(0, 1)}) == set()  # they reach each other through 2
     assert outcasts([0, 1, 2, 3], {Link(0, 2), Link(0, 3), Link(1, 2), Link(1, 3)}) == {2, 3}
+
+
+@pytest.mark.parametrize(
+    ("order", "winners", "losers"), [("AKJB", "JK", "AB"), ("KABJ", "JK", "AB"), ("ABJK", "AB", "JK"), ("KBJA", "JK", "AB")]
+)
+def test_members_of_a_group_that_the_last_master_never_knew(order: str, winners: str, losers: str) -> None:
+    """A and B are cut off while their master is replaced. The next one hears of nobody and begins anew with J and K, who get the
+    same uids. When it is replaced, too, all four report: the newer group goes on, or the first that is complete, and the other
+    is told.
+    """
+    c = Cluster("AB")
+    calls = {name: c[name].call(Call(retry=True)) for name in "AB"}
+    c.restart(reconnect=False)
+    c.tick(c.options.heartbeat_timeout + 0.1)
+    for name in "JK":
+        c.add(name, min_world_size=2)
+    c.run()
+    assert names(c["J"]) == "JK"
+    assert [c[name].peer.uid for name in "ABJK"] == [0, 1, 0, 1]
+    calls |= {name: c[name].call(Call(retry=True)) for name in "JK"}
+    c.restart(reconnect=False)
+    for name in order:
+        c[name].connect()
+        for _ in range(2):  # it says hello, hears the question, reports
+            while c.to_node(c[name]) or c.to_master(c[name]):
+                pass
+    c.run()
+    assert committed(*(calls[name] for name in winners)) == [True, True]
+    assert [names(c[name]) for name in winners] == [winners] * 2
+    assert committed(*(calls[name] for name in losers)) == [False, False]
+    assert [c[name].peer.standpoint for name in losers] == [Standpoint.GONE] * 2
