@@ -173,5 +173,6 @@ class Peer:
                 members = tuple(known[u] for u in sub.uids if u in known)
                 made = self._membership(sub.comm, View(Epoch(*sub.epoch), [m.uid for m in members].index(self.uid), members))
                 made.broken, made.next_uid = parent.broken, parent.next_uid
+                made.stopped = made.epoch[:2] != parent.epoch[:2]  # an earlier master made it; its successor is about to tell its epoch
                 return made
         return None

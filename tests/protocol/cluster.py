@@ -165,7 +165,8 @@ class Node:
                 made = self.peer.adopt(self.peer.comms[comm], found)
                 if made:
                     self.subs.append(made)
-                    self.note_epoch(made.comm, made.view)
+                    if not made.stopped:
+                        self.note_epoch(made.comm, made.view)
 
     def epoch_changed(self, comm: int, old: View, new: View) -> None:
         self.views.append(new)

@@ -516,6 +516,26 @@ def test_a_split_whose_commit_the_master_took_with_it() -> None:
     assert subs[0].epoch == subs[1].epoch
 
 
+def test_a_call_of_a_communicator_that_was_learned_of_at_a_takeover_waits_for_its_epoch() -> None:
+    """B hears of the split with the new master's epoch of the group; the next message tells the epoch of what the split made."""
+    c = Cluster("AB")
+    splits = [n.call(Call("split", body=codec.encode(SplitAsk(0, 0)))) for n in c.nodes]
+    for name in "AB":
+        while c.to_master(c[name]):
+            pass
+    while c.to_node(c["A"]):
+        pass
+    assert committed(*splits) == [True, None]
+    c.restart()
+    while not c["B"].subs:
+        assert any([c.to_master(n) or c.to_node(n) for n in c.nodes])  # noqa: C419 - each of them
+    early = c["B"].call(Call(comm=c["B"].subs[0].comm))
+    c.run()
+    other = c["A"].call(Call(comm=c["A"].subs[0].comm))
+    c.run()
+    assert committed(early, other) == [True, True]
+
+
 def test_a_sub_communicator_outlives_its_master_and_its_members() -> None:
     c = Cluster("ABC")
     splits = [n.call(Call("split", body=codec.encode(SplitAsk(int(n.name == "C"), 0)))) for n in c.nodes]
