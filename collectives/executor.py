@@ -109,18 +109,20 @@ class Executor:
             return
         self._epochs.discard(old)
         self._dead.pop(old, None)
-        for uid in uids:
-            if uid in self.flows:
-                self.flows[uid].forget(old)
-                self.flows[uid].say(Header(Kind.MARK, old))
-        self.flush()
+        self._forget(old, uids)
 
-    def leave_epoch(self, epoch: Epoch) -> None:
-        """This peer is no longer in a communicator: what still comes of it is dropped."""
+    def leave_epoch(self, epoch: Epoch, uids: Iterable[int]) -> None:
+        """This peer is no longer in a communicator: what still comes of it is dropped, and its members are told so."""
         self._epochs.discard(epoch)
         self._dead.pop(epoch, None)
-        for flow in self.flows.values():
-            flow.forget(epoch)
+        self._forget(epoch, uids)
+
+    def _forget(self, epoch: Epoch, uids: Iterable[int]) -> None:
+        for uid in uids:
+            if uid in self.flows:
+                self.flows[uid].forget(epoch)
+                self.flows[uid].say(Header(Kind.MARK, epoch))
+        self.flush()
 
     def flush(self) -> None:
         """Send what the last events made ready."""

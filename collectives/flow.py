@@ -132,6 +132,8 @@ class Flow:
         self._credits: dict[CallKey, list[Header]] = {}
         """Grants for calls that this peer has not entered yet"""
         self._incoming: tuple[Moving, Incoming] | bytearray | None = None
+        self._unwanted: set[tuple[Epoch, int | None]] = set()
+        """Calls, or whole epochs, that are over for the peer and not yet here: no share of them would ever come back"""
 
     # --- for transfers ----------------------------------------------------------------------------------------------
 
@@ -169,6 +171,7 @@ class Flow:
         for table in (self._credits, self._lazy):
             for key in [k for k in table if k.epoch == epoch and call in (None, k.call)]:
                 del table[key]
+        self._unwanted = {u for u in self._unwanted if u[0] != epoch or call not in (None, u[1])}
 
     def halt(self, transfer: Moving) -> None:
         """Let go of a transfer's memory."""
@@ -217,6 +220,7 @@ class Flow:
         self._early.clear()
         self._early_bytes = 0
         self._credits.clear()
+        self._unwanted.clear()
 
     def wake(self) -> None:
         """Send what can be sent."""
@@ -245,6 +249,8 @@ class Flow:
         if stream.position + length <= stream.limit:
             return True
         key = stream.transfer.key
+        if (key.epoch, key.call) in self._unwanted or (key.epoch, None) in self._unwanted:
+            return False
         share, payload = self._shares.get(key, (0, 0))
         if payload + length > UNCREDITED_PER_CALL:
             return False  # the credit will offer the stream again
@@ -329,12 +335,12 @@ class Flow:
                 transfer.credited(self, header)
             elif not self._host.is_over(key):
                 self._credits.setdefault(key, []).append(header)
-        elif header.kind == Kind.DISCARDED:
-            for share in [k for k in self._shares if k.epoch == header.epoch and k.call == header.call]:
-                self._return_share(share)
         else:
-            for share in [k for k in self._shares if k.epoch == header.epoch]:
+            whole = header.kind == Kind.MARK
+            for share in [k for k in self._shares if k.epoch == header.epoch and (whole or k.call == header.call)]:
                 self._return_share(share)
+            if not self._host.is_over(CallKey(header.epoch, -1 if whole else header.call, 0)):
+                self._unwanted.add((header.epoch, None if whole else header.call))
 
     def redeliver(self, transfer: Moving, header: Header, data: bytearray) -> None:
         """Treat a frame that came early as if it came now; another one may be on its way in."""

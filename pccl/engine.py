@@ -37,7 +37,7 @@ logger = logging.getLogger("pccl")
 
 LAZY_CREDIT = 0.005
 """Seconds that a credit nobody waits for may wait for company."""
-SPIN = 50e-6
+SPIN = float(os.environ.get("SPIN", "50e-6"))
 """Seconds that `serve` asks again and again before it sleeps, where every member of this host has a core to itself."""
 SPARE_KEPT = 10.0
 """Seconds of idleness after which the buffer for undoing is given back to the system."""
@@ -210,7 +210,10 @@ class Engine:
                 return
             if op.atomic:
                 self._client.receive()  # a message that was sent may have taken the wake-up of one that comes
-            ready = poll.poll(0 if op.settled or idle < self._spin else 1)
+            spin = op.settled or idle < self._spin
+            ready = poll.poll(0 if spin else 1)
+            if spin and not ready:
+                os.sched_yield()  # to the peer, if it has been put on the same core
             for fd, events in ready:
                 if events & select.POLLNVAL:
                     return
@@ -395,7 +398,7 @@ class Engine:
         """A communicator goes on in a new epoch: old traffic is over, links to those who are out are closed."""
         self._served = {}
         here = {m.uid for m in new.members}
-        self.executor.enter_epoch(new.epoch, old.epoch, [m.uid for m in old.members if m.uid in here])
+        self.executor.enter_epoch(new.epoch, old.epoch, [m.uid for m in old.members])
         if comm == ROOT:
             for uid in [uid for uid in self.executor.flows if uid not in here]:
                 self.executor.drop_flow(uid)
@@ -544,7 +547,7 @@ class Engine:
             self._leaving_subs.discard(comm)
             left = comms.pop(comm)
             left.leave()
-            self.executor.leave_epoch(left.epoch)
+            self.executor.leave_epoch(left.epoch, [m.uid for m in left.view.members])
         if self._leaving and not self._left and not any(c.in_flight for c in comms.values()):
             self._left = True
             comms[ROOT].leave()
