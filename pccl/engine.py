@@ -37,7 +37,7 @@ logger = logging.getLogger("pccl")
 
 LAZY_CREDIT = 0.005
 """Seconds that a credit nobody waits for may wait for company."""
-SPIN = float(os.environ.get("SPIN", "50e-6"))
+SPIN = 50e-6
 """Seconds that `serve` asks again and again before it sleeps, where every member of this host has a core to itself."""
 SPARE_KEPT = 10.0
 """Seconds of idleness after which the buffer for undoing is given back to the system."""
@@ -210,10 +210,7 @@ class Engine:
                 return
             if op.atomic:
                 self._client.receive()  # a message that was sent may have taken the wake-up of one that comes
-            spin = op.settled or idle < self._spin
-            ready = poll.poll(0 if spin else 1)
-            if spin and not ready:
-                os.sched_yield()  # to the peer, if it has been put on the same core
+            ready = poll.poll(0 if op.settled or idle < self._spin else 1)
             for fd, events in ready:
                 if events & select.POLLNVAL:
                     return
