@@ -40,7 +40,8 @@ def parse_address(text: str, name: str = "address") -> Address:
         query = parse_qs(parts.query, strict_parsing=bool(parts.query))
     except ValueError as e:
         raise InvalidArgument(f"{name}: {text!r} is not an address ({e}); write host:port or [v6]:port") from None
-    odd = parts.path or parts.fragment or parts.username or set(query) - {"key"}
+    junk = parts.netloc.rpartition("]")[2].partition(":")[0] if "]" in parts.netloc else ""
+    odd = parts.path or parts.fragment or parts.username or junk or set(query) - {"key"}
     if parts.scheme not in ("pccl", "tcp") or not host or odd:
         raise InvalidArgument(f"{name}: {text!r} is not an address; write host:port, [v6]:port or pccl://host:port?key=...")
     return Address(host, port, parse_key(query["key"][0]) if "key" in query else None)
