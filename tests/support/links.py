@@ -26,7 +26,7 @@ TICKET = LinkTicket(admission=7, secret=b"s" * 32, dialer=2, acceptor=1)
 PATIENCE = 20.0
 
 
-def data(payload: bytes | memoryview | None, *, call: int = 0, token: object = None, position: int = 0) -> OutFrame:
+def data(payload: bytes | bytearray | memoryview | None, *, call: int = 0, token: object = None, position: int = 0) -> OutFrame:
     """A slice."""
     length = len(payload) if payload is not None else 0
     header = Header(Kind.DATA, EPOCH, call, position=position, length=length)

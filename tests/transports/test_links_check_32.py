@@ -99,7 +99,7 @@ async def test_check_32_strangers_at_every_port(way: str, curve: bool, tmp_path:
     key = tmp_path / "master.key"
     save_keypair(key, new_keypair())
     before = listeners()
-    async with pccl.Master(key=key if curve else None) as master, members(master.address, 3) as comms:
+    async with pccl.Master(key=str(key) if curve else None) as master, members(master.address, 3) as comms:
         ports = listeners() - before
         assert len(ports) == 4  # the master, and the links of three peers
         view = comms[0].view
