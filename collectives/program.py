@@ -86,6 +86,8 @@ class Program:
                     self.ins[peer, channel].append(unit)
         self.blocks = np.fromiter(index, np.int64, len(index))
         self.uses = [w + r for w, r in zip(writes, reads, strict=True)]
+        self.peers = tuple(dict.fromkeys(peer for peer, _ in (*self.outs, *self.ins)))
+        """Ranks that this one exchanges data with"""
         self.waiters: list[list[Unit]] = [[] for _ in self.uses]
         """Per block, the local units that may go on when it changes."""
         for unit in self.local:
@@ -97,11 +99,6 @@ class Program:
         for key, units in self.outs.items():
             for block in dict.fromkeys(unit.use.block for unit in units):
                 self.senders[block].append(key)
-
-    @property
-    def peers(self) -> set[int]:
-        """Ranks that this one exchanges data with."""
-        return {peer for peer, _ in (*self.outs, *self.ins)}
 
 
 class Layout(NamedTuple):

@@ -437,8 +437,9 @@ class Transfer:
                 home[:] = source
             self._wrote(unit.use, s)
             return
-        if not all(self.is_due(u, s) for u in unit.sources):
-            return
+        for u in unit.sources:
+            if not self.is_due(u, s):
+                return
         parts = [self._content(u, s) for u in unit.sources]
         self._arithmetic.fold(self._fresh_home(unit.use, s), parts, unit.final)
         for u in unit.sources:

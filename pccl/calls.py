@@ -282,7 +282,7 @@ class Part:
         self.info = Info(
             self.description,
             view.epoch,
-            tuple(m for m in view.members if self.pair is None or m.uid in self.pair),
+            view.members if self.pair is None else tuple(m for m in view.members if m.uid in self.pair),
             self._used,
             moved.bytes_sent if moved else 0,
             moved.bytes_received if moved else 0,
@@ -336,8 +336,10 @@ class _Parts(Operation):
         view, record = self._now, self._record
         assert record is not None
         membership = self.engine.membership(self.comm)
-        ranks = {uid: r for r, uid in enumerate(self.pair or [m.uid for m in view.members])}
-        broken = tuple((min(ranks[a], ranks[b]), max(ranks[a], ranks[b])) for a, b in membership.broken if a in ranks and b in ranks)
+        broken: tuple[tuple[int, int], ...] = ()
+        if membership.broken:
+            ranks = {uid: r for r, uid in enumerate(self.pair or [m.uid for m in view.members])}
+            broken = tuple((min(ranks[a], ranks[b]), max(ranks[a], ranks[b])) for a, b in membership.broken if a in ranks and b in ranks)
         key = CallKey(view.epoch, record.id.key, k)
         self.engine.run(self, part.begin(self.engine, view, key, broken, atomic=self.atomic))
 

@@ -92,6 +92,7 @@ class Engine:
         self._ticket: Prepare | None = None
         self._ticket_came = asyncio.Event()
         self._running: dict[Moving, Operation] = {}
+        self._in_flight: dict[Operation, None] = {}
         self._spare: npt.NDArray[np.uint8] | None = None
         self._spare_release: asyncio.TimerHandle | None = None
         self._served: dict[int, Callable[[], None]] = {}
@@ -164,9 +165,9 @@ class Engine:
         self._spare = None
 
     @property
-    def in_flight(self) -> int:
-        """Calls that have not ended."""
-        return sum(m.in_flight for m in self._peer.comms.values()) if self._peer else 0
+    def busy(self) -> bool:
+        """Whether calls are in flight."""
+        return bool(self._in_flight)
 
     # --- calls ------------------------------------------------------------------------------------------------------
 
@@ -188,7 +189,8 @@ class Engine:
         op.began = self._clock()
         try:
             membership = self.membership(op.comm)
-            if op.timeout is not None:
+            self._in_flight[op] = None
+            if op.timeout is not None and op.timeout < 4 * self.options.heartbeat_interval:
                 op.deadline = self._loop.call_later(op.timeout, self.expire, op)
             membership.enter(op.record, self._loop.time())
             self._arm(membership)
@@ -210,7 +212,10 @@ class Engine:
                 return
             if op.atomic:
                 self._client.receive()  # a message that was sent may have taken the wake-up of one that comes
-            ready = poll.poll(0 if op.settled or idle < self._spin else 1)
+            spin = op.settled or idle < self._spin
+            ready = poll.poll(0 if spin else 1)
+            if spin and not ready:
+                os.sched_yield()  # to the peer, if it has been put on the same core
             for fd, events in ready:
                 if events & select.POLLNVAL:
                     return
@@ -230,6 +235,10 @@ class Engine:
             self._poll.register(fd, select.POLLIN)
         here = sum(m.host == self._host for m in self._peer.root.view.members) if self._peer and ROOT in self._peer.comms else 1
         self._spin = SPIN if here <= (os.cpu_count() or 1) else 0.0
+
+    def ended(self, op: Operation) -> None:
+        """The call's caller has been told."""
+        self._in_flight.pop(op, None)
 
     def expire(self, op: Operation) -> None:
         """The call's deadline has passed."""
@@ -460,8 +469,6 @@ class Engine:
         """A call is over."""
         op = self._op(record)
         op.view = outcome.view
-        if op.deadline:
-            op.deadline.cancel()
         if not outcome.committed:
             op.restore()
             op.settle(op.reason or failure(op, record, outcome))
@@ -525,8 +532,6 @@ class Engine:
             for record in membership.abandon():
                 op = self._op(record)
                 self.halt(membership.comm, record)
-                if op.deadline:
-                    op.deadline.cancel()
                 op.restore()
                 op.settle(self.error)
 
@@ -585,11 +590,19 @@ class Engine:
         """Every heartbeat interval."""
         if self._peer and self.error is None:
             self._peer.beat(self.executor.progress)
+            self._watch_deadlines()
             for uid in self.executor.silent_flows(self.options.path_timeout):
                 flow = self.executor.flow(uid)
                 flow.detach()
                 self.flow_broken(uid, ConnectionError(f"nothing was acknowledged for {self.options.path_timeout:g} s"))
         self._heart = self._loop.call_later(self.options.heartbeat_interval, self._beat)
+
+    def _watch_deadlines(self) -> None:
+        """Give those calls a timer that are due before the next beat but one: most end long before they would need it."""
+        soon = self._clock() + 2 * self.options.heartbeat_interval
+        for op in self._in_flight:
+            if op.timeout is not None and op.deadline is None and op.began + op.timeout <= soon:
+                op.deadline = self._loop.call_later(max(0.0, op.began + op.timeout - self._clock()), self.expire, op)
 
     def _arm(self, membership: Membership) -> None:
         """Have the membership's timer go off when it is due."""

@@ -78,6 +78,7 @@ class Operation:
         """The caller's result, or an exception."""
         if not self.settled:
             self.settled = True
+            self.engine.ended(self)
             tell = self.on_settled
             self.forget()
             tell(result)

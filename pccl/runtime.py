@@ -8,16 +8,19 @@ from __future__ import annotations
 import asyncio
 import atexit
 import concurrent.futures
-import contextlib
 import logging
 import os
-import signal
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, TypeVar
+
+try:
+    import _signal as signals  # what `signal` wraps: its enums take longer than a small call's arithmetic
+except ImportError:
+    import signal as signals
 
 from pccl.core.errors import InvalidArgument, PcclError
 from pccl.engine import Engine
@@ -32,7 +35,7 @@ PATIENCE = 0.001
 """Seconds without any news after which a borrower leaves the rest to the engine's thread."""
 KEEP = 0.002
 STRETCH = 0.02
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM)
+SIGNALS = (signals.SIGINT, signals.SIGTERM, signals.SIGHUP, signals.SIGUSR1, signals.SIGUSR2, signals.SIGALRM)
 
 
 class Runtime(Protocol):
@@ -134,13 +137,13 @@ class ThreadRuntime:
             self.post(self.engine.submit, op)
             return
         try:
-            with signals_held():
+            with SignalsHeld():
                 self._take()
                 self.engine.submit(op)
                 self.engine.serve(op, PATIENCE)
         finally:
             self._borrower = 0
-            busy = self.engine.in_flight > 0
+            busy = self.engine.busy
             self._turn.release()
             if busy:
                 self._recall.set()
@@ -265,23 +268,25 @@ class ThreadRuntime:
                 return
 
 
-@contextlib.contextmanager
-def signals_held() -> Iterator[None]:
-    """Python's signal handlers run between any two instructions of the main thread, and may raise: have them wait for the end of this."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    caught: list[int] = []
-    handlers = {number: handler for number in SIGNALS if callable(handler := signal.getsignal(number))}
-    for number in handlers:
-        signal.signal(number, lambda number, frame: caught.append(number))
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for late in caught:
-            signal.raise_signal(late)
+class SignalsHeld:
+    """Python's signal handlers run between any two instructions of the main thread, and may raise: have them wait for a while."""
+
+    def __enter__(self) -> None:
+        self._caught: list[int] = []
+        self._handlers: list[tuple[int, Any]] = []
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = [(n, handler) for n in SIGNALS if callable(handler := signals.getsignal(n))]
+            for number, _ in self._handlers:
+                signals.signal(number, self._catch)
+
+    def _catch(self, number: int, frame: object) -> None:
+        self._caught.append(number)
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._handlers:
+            signals.signal(number, handler)
+        for number in self._caught:
+            signals.raise_signal(number)
 
 
 def _settle(future: asyncio.Future[Any], result: Any) -> None:

@@ -96,6 +96,8 @@ class Membership:
         """index -> what the verdict of that untagged call said of newcomers"""
         self._unannounced: deque[Record] = deque()
         self._owed: list[Record] = []
+        self._expired: list[Record] = []
+        """Calls that their own member has ended, or wants to end"""
         self._update: Record | None = None
         self._leaving: dict[int, int] = {}
         self._left = False
@@ -161,6 +163,7 @@ class Membership:
         if record.expired or (record.state is State.DONE and reason == Reason.MISMATCH):
             return
         record.expired, record.expired_at = (reason, detail), now
+        self._expired.append(record)
         if record.state is State.QUEUED:
             self._tell(record, Outcome(False, self.view, reason, detail, by=self.uid))
         elif self.stopped:
@@ -506,10 +509,14 @@ class Membership:
         """When `tick` is due."""
         while self._unannounced and (self._unannounced[0].announced or self._unannounced[0].state is not State.RUNNING):
             self._unannounced.popleft()
-        times = [self._unannounced[0].began + ANNOUNCE_AFTER] if self._unannounced else []
-        times += [r.expired_at + self._grace for r in self._owed]
-        times += [r.expired_at + self._takeover_timeout for r in self._open.values() if r.expired]
-        return min(times, default=None)
+        due = self._unannounced[0].began + ANNOUNCE_AFTER if self._unannounced else None
+        if not self._expired:
+            return due
+        self._expired = [r for r in self._expired if r.owes_finish or r.state in OPEN or r.state is State.QUEUED]
+        times = [
+            r.expired_at + (self._grace if r.owes_finish else self._takeover_timeout) for r in self._expired if r.state is not State.QUEUED
+        ]
+        return min(times if due is None else [due, *times], default=None)
 
     def tick(self, now: float) -> None:
         """Announce calls that take a while, and stop waiting for what does not come."""
