@@ -70,12 +70,21 @@ def unpack_manifest(data: bytes) -> Manifest:
     try:
         items = tuple(Item(*item) for item in msgpack.unpackb(data, use_list=False))
     except (ValueError, TypeError, msgpack.UnpackException) as e:
-        raise WireError(f"a manifest makes no sense: {e!r}") from None
+        raise WireError(f"a manifest makes no sense: {type(e).__name__}: {e}") from None
     for item in items:
-        hashes = item.content is None or len(item.content) == item.blocks * HASH_BYTES if item.dtype else True
-        if not isinstance(item.name, str) or not isinstance(item.nbytes, int) or not hashes:
+        if not _is_sound(item):
             raise WireError("a manifest makes no sense")
     return Manifest(items)
+
+
+def _is_sound(item: Item) -> bool:
+    if not isinstance(item.name, str) or not isinstance(item.dtype, str) or type(item.nbytes) is not int or item.nbytes < 0:
+        return False
+    if not isinstance(item.shape, tuple) or any(type(n) is not int or n < 0 for n in item.shape):
+        return False
+    if not item.dtype:
+        return item.content is None or isinstance(item.content, (bool, int, float, str, bytes))
+    return item.content is None or (isinstance(item.content, bytes) and len(item.content) == item.blocks * HASH_BYTES)
 
 
 def digest_of(data: Any) -> bytes:
