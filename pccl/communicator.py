@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Unpack
 
 from pccl.calls import Part, Round
 from pccl.connection import Settings, prepare
-from pccl.core.errors import InvalidArgument
+from pccl.core.errors import InvalidArgument, PcclError
 from pccl.core.types import Info, RoundInfo, StateInfo, Tag, View
 from pccl.engine import Engine
 from pccl.face import Collectives, Handle, How, check_retry, check_tag
@@ -157,7 +158,8 @@ class Communicator(Handle[Coroutine[Any, Any, Info]]):
         try:
             result = await asyncio.shield(future)  # cancelling the task must not cancel what the engine settles
         except asyncio.CancelledError:
-            self._runtime.post(self._runtime.engine.cancel, op)
+            with contextlib.suppress(PcclError):  # closed: that ends it, too
+                self._runtime.post(self._runtime.engine.cancel, op)
             await _outlast(future)
             self._see(op)
             raise
@@ -205,7 +207,8 @@ class AsyncRound(Collectives["Pending"]):
         try:
             result = await asyncio.shield(self._future)
         except asyncio.CancelledError:
-            runtime.post(runtime.engine.cancel, self._operation)
+            with contextlib.suppress(PcclError):
+                runtime.post(runtime.engine.cancel, self._operation)
             await _outlast(self._future)
             self._owner._see(self._operation)
             raise

@@ -197,18 +197,20 @@ class Engine:
         except PcclError as e:
             op.settle(e)
 
-    def serve(self, op: Operation, patience: float) -> None:
+    def serve(self, op: Operation, patience: float, at_most: float) -> None:
         """Receive by hand, in a thread that has this engine to itself while its loop stands still.
 
-        Returns when the call has ended, or nothing has come for `patience` seconds.
+        Returns when the call has ended, nothing has come for `patience` seconds, or `at_most` seconds are over: what comes may be of
+        other calls, and the loop has timers, and sends what did not fit.
         """
         if not self._served:
             self._watch()
         poll, served, clock = self._poll, self._served, self._clock
-        began = clock()
+        began = heard = clock()
         while not op.settled and served is self._served:
-            idle = clock() - began
-            if idle > patience:
+            now = clock()
+            idle = now - heard
+            if idle > patience or now - began > at_most:
                 return
             if op.atomic:
                 self._client.receive()  # a message that was sent may have taken the wake-up of one that comes
@@ -224,7 +226,7 @@ class Engine:
                 except Exception as e:
                     self._loop.call_exception_handler({"message": "a handler failed", "exception": e})
             if ready:
-                began = clock()
+                heard = clock()
 
     def _watch(self) -> None:
         """Collect what there is to receive from."""
@@ -278,7 +280,7 @@ class Engine:
         return self._loop.run_in_executor(None, work)
 
     def _end(self, op: Operation, reason: int, detail: str) -> None:
-        if not op.settled and self.error is None and self._peer and op.comm in self._peer.comms:
+        if op in self._in_flight and self.error is None and self._peer and op.comm in self._peer.comms:
             membership = self._peer.comms[op.comm]
             membership.expire(op.record, reason, detail, self._loop.time())
             self._arm(membership)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import concurrent.futures
+import contextlib
 import logging
 import os
 import threading
@@ -15,7 +16,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Coroutine
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 try:
     import _signal as signals  # what `signal` wraps: its enums take longer than a small call's arithmetic
@@ -35,7 +36,9 @@ PATIENCE = 0.001
 """Seconds without any news after which a borrower leaves the rest to the engine's thread."""
 KEEP = 0.002
 STRETCH = 0.02
-SIGNALS = (signals.SIGINT, signals.SIGTERM, signals.SIGHUP, signals.SIGUSR1, signals.SIGUSR2, signals.SIGALRM)
+_NAMES = "INT TERM HUP QUIT USR1 USR2 ALRM VTALRM PROF CHLD WINCH CONT TSTP TTIN TTOU IO URG PIPE"
+SIGNALS = tuple(int(getattr(signals, f"SIG{name}")) for name in _NAMES.split() if hasattr(signals, f"SIG{name}"))
+"""Those for which programs have handlers; torch's DataLoader has one for SIGCHLD, which raises."""
 
 
 class Runtime(Protocol):
@@ -110,11 +113,15 @@ class ThreadRuntime:
         self._closed = False
         self._ending = False
         self._turn = threading.Lock()
+        self._due = False
+        """It is the loop's turn, whoever else comes"""
         self._borrower = 0
         """Its thread"""
         self._borrowed = 0
         """How often"""
-        self._recall = threading.Event()
+        self._recall = threading.Lock()
+        """Released: the thread is to run the loop. An Event would stay locked for ever if Ctrl-C came at a bad moment."""
+        self._recall.acquire()
         self._inbox: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._thread = threading.Thread(target=self._live, name="pccl-engine", daemon=True)
         self._thread.start()
@@ -128,33 +135,47 @@ class ThreadRuntime:
         if self._closed:
             raise closed_error()
         self._inbox.append((callback, args))
-        self._loop.call_soon_threadsafe(self._take)
-        self._recall.set()
+        try:
+            self._loop.call_soon_threadsafe(self._take)
+        except RuntimeError:  # it was closed just now
+            raise closed_error() from None
+        self._wake()
+
+    def _wake(self) -> None:
+        """Have the thread run the loop if nobody else has the engine."""
+        with contextlib.suppress(RuntimeError):  # as it is about to, already
+            self._recall.release()
 
     def submit(self, op: Operation) -> None:
         """Make a call whose caller is going to wait for it: a small one may have ended when this returns."""
-        if not op.small or self._forked or self._closed or not self._borrow():
+        if not op.small or self._forked or self._closed:
             self.post(self.engine.submit, op)
             return
-        try:
-            with SignalsHeld():
+        with SignalsHeld():
+            if not self._borrow():
+                self.post(self.engine.submit, op)
+                return
+            try:
                 self._take()
                 self.engine.submit(op)
-                self.engine.serve(op, PATIENCE)
-        finally:
-            self._borrower = 0
-            busy = self.engine.busy
-            self._turn.release()
-            if busy:
-                self._recall.set()
+                self.engine.serve(op, PATIENCE, STRETCH)
+            finally:
+                self._borrower = 0
+                busy = self.engine.busy
+                self._turn.release()
+                if busy:
+                    self._wake()
 
     def _borrow(self) -> bool:
-        """Have the engine to oneself; False if another caller has it."""
+        """Have the engine to oneself; False if another caller has it, or nobody is to."""
         self._borrowed += 1
-        while not self._turn.acquire(blocking=False):
-            if self._borrower:
+        while self._due or not self._turn.acquire(blocking=False):
+            if self._due or self._borrower or self._closed:
                 return False
-            self._loop.call_soon_threadsafe(self._loop.stop)
+            try:
+                self._loop.call_soon_threadsafe(self._loop.stop)
+            except RuntimeError:  # it was closed just now
+                return False
             if self._turn.acquire(timeout=STRETCH):
                 break
         self._borrower = threading.get_ident()
@@ -186,7 +207,7 @@ class ThreadRuntime:
         if self._forked:
             raise forked_error()
         future = asyncio.run_coroutine_threadsafe(make(), self._loop)
-        self._recall.set()
+        self._wake()
         return future
 
     async def _start(self) -> None:
@@ -231,13 +252,15 @@ class ThreadRuntime:
         _runtimes.discard(self)
         if self._thread.is_alive():
             self._ending = True
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._recall.set()
+            with contextlib.suppress(RuntimeError):  # another thread has come first
+                self._loop.call_soon_threadsafe(self._loop.stop)
+            self._wake()
             self._thread.join()
 
     def _fork(self) -> None:
         """This is a child that a user's code has forked: the engine stayed with its parent."""
         self._forked = True
+        SignalsHeld.forked()
         _runtimes.discard(self)
 
     def _live(self) -> None:
@@ -246,47 +269,88 @@ class ThreadRuntime:
         asyncio.set_event_loop(loop)
         try:
             while not self._ending:
+                self._due = True
                 with self._turn:
+                    self._due = False
                     loop.run_forever()
                 self._rest()
-            tasks = asyncio.all_tasks(loop)
-            for task in tasks:
-                task.cancel()
-            loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-            loop.run_until_complete(loop.shutdown_asyncgens())
-            loop.run_until_complete(loop.shutdown_default_executor())
+            with self._turn:
+                end = loop.create_task(self._bury())
+                end.add_done_callback(lambda end: loop.stop())
+                while not end.done():  # a caller that wanted to borrow may have stopped it
+                    loop.run_forever()
+                end.result()
         finally:
             asyncio.set_event_loop(None)
             loop.close()
+            self._take()  # posted by threads that had not seen that it closes
+
+    async def _bury(self) -> None:
+        """Leave nothing behind, however the engine was left."""
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if hasattr(self, "engine"):
+            await self.engine.close()
+        await self._loop.shutdown_asyncgens()
+        await self._loop.shutdown_default_executor()
 
     def _rest(self) -> None:
         until = time.perf_counter() + STRETCH
-        self._recall.clear()
+        self._recall.acquire(blocking=False)
         while not (self._ending or self._inbox) and time.perf_counter() < until:
             borrowed = self._borrowed
-            if self._recall.wait(KEEP) or self._borrowed == borrowed:
+            if self._recall.acquire(timeout=KEEP) or self._borrowed == borrowed:
                 return
 
 
 class SignalsHeld:
     """Python's signal handlers run between any two instructions of the main thread, and may raise: have them wait for a while."""
 
+    _now: ClassVar[list[SignalsHeld]] = []
+    """Those of the main thread, the outermost first"""
+
+    @classmethod
+    def forked(cls) -> None:
+        """In a child the main thread is the one that forked: none of these blocks will end."""
+        while cls._now:
+            held = cls._now[-1]
+            held._caught.clear()
+            held._give_back()
+
     def __enter__(self) -> None:
         self._caught: list[int] = []
         self._handlers: list[tuple[int, Any]] = []
         if threading.current_thread() is threading.main_thread():
             self._handlers = [(n, handler) for n in SIGNALS if callable(handler := signals.getsignal(n))]
-            for number, _ in self._handlers:
-                signals.signal(number, self._catch)
+            self._now.append(self)
+            try:
+                for number, _ in self._handlers:
+                    signals.signal(number, self._catch)
+            except BaseException:  # of a handler whose turn had not come
+                self._give_back()
+                raise
 
     def _catch(self, number: int, frame: object) -> None:
         self._caught.append(number)
 
     def __exit__(self, *exc: object) -> None:
-        for number, handler in self._handlers:
-            signals.signal(number, handler)
-        for number in self._caught:
-            signals.raise_signal(number)
+        self._give_back()
+
+    def _give_back(self) -> None:
+        """Install the handlers again, all of them, and run those that were called, all of them, whatever they raise."""
+        try:
+            while self._handlers:
+                signals.signal(*self._handlers[-1])
+                self._handlers.pop()
+            if self in self._now:
+                self._now.remove(self)
+            while self._caught:
+                signals.raise_signal(self._caught.pop(0))
+        finally:
+            if self._handlers or self._caught:
+                self._give_back()
 
 
 def _settle(future: asyncio.Future[Any], result: Any) -> None:

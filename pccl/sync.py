@@ -5,15 +5,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Unpack
 
 from pccl.calls import Part, Round
 from pccl.communicator import Pending
 from pccl.connection import Settings, prepare
-from pccl.core.errors import InvalidArgument
+from pccl.core.errors import InvalidArgument, PcclError
 from pccl.core.types import RoundInfo, StateInfo, Tag, View
 from pccl.face import Collectives, Handle, How, check_retry, check_tag
 from pccl.operations import Operation, Update
@@ -39,17 +40,20 @@ class Work:
         self._owner = owner
         self._op = op
         self._result: Any = None
+        self._ended = False
         self._over = threading.Lock()
+        """Held until the call has ended, and then by one of those who wait after the other"""
         self._over.acquire()
         op.on_settled = self._settle
 
     def _settle(self, result: Any) -> None:
         self._result = result
+        self._ended = True
         self._over.release()
 
     def done(self) -> bool:
         """Whether the call has ended."""
-        return not self._over.locked()
+        return self._ended
 
     def wait(self, timeout: float | None = None) -> Any:
         """Wait for the call's end; returns its record, or raises its error.
@@ -57,20 +61,27 @@ class Work:
         Args:
             timeout: seconds; after them TimeoutError is raised, and the call goes on.
         """
-        try:
-            ended = self._over.acquire(timeout=-1 if timeout is None else max(0.0, timeout))
-        except BaseException:  # Ctrl-C
-            self._owner._runtime.post(self._owner._runtime.engine.cancel, self._op)
-            if self._over.acquire(timeout=LAST_WORD):
-                self._over.release()
-            raise
-        if not ended:
-            raise TimeoutError(f"{self._op.description} is still under way after {timeout:g} s")
-        self._over.release()
+        if not self._ended:
+            try:
+                if self._over.acquire(timeout=-1 if timeout is None else max(0.0, timeout)):
+                    self._over.release()
+            except BaseException:  # Ctrl-C
+                self._abandon()
+                raise
+            if not self._ended:
+                raise TimeoutError(f"{self._op.description} is still under way after {timeout:g} s")
         self._owner._see(self._op)
         if isinstance(self._result, BaseException):
             raise self._result
         return self._result
+
+    def _abandon(self) -> None:
+        """Its caller was interrupted: end it for all, and give it a moment to let go of its buffers."""
+        runtime = self._owner._runtime
+        with contextlib.suppress(PcclError):  # closed: that ends it, too
+            runtime.post(runtime.engine.cancel, self._op)
+        if not self._ended and self._over.acquire(timeout=LAST_WORD):
+            self._over.release()
 
     def result(self) -> Any:
         """The call's record, or its error, without waiting.
@@ -159,15 +170,22 @@ class Communicator(Handle[Any]):
     def _start(self, op: Operation) -> Work:
         self._check_open()
         work = Work(self, op)
-        self._runtime.post(self._runtime.engine.submit, op)
+        self._submit(work, self._runtime.post, self._runtime.engine.submit, op)
         return work
 
     def _run(self, op: Operation) -> Any:
         self._check_open()
         assert isinstance(self._runtime, ThreadRuntime)
         work = Work(self, op)
-        self._runtime.submit(op)
+        self._submit(work, self._runtime.submit, op)
         return work.wait()
+
+    def _submit(self, work: Work, how: Callable[..., None], *args: Any) -> None:
+        try:
+            how(*args)
+        except BaseException:  # Ctrl-C, perhaps after the call has begun
+            work._abandon()
+            raise
 
 
 class SyncRound(Collectives[Pending]):
