@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from pccl.collectives.flow import CallKey, Flow, Moving
-from pccl.collectives.transfer import Transfer
 from pccl.core.frames import Header, Kind
 from pccl.core.types import Epoch
 
@@ -25,10 +24,10 @@ SCRATCH_KEPT = 16 << 20
 class ExecutorHost(Protocol):
     """The engine."""
 
-    def transfer_done(self, transfer: Transfer) -> None:
+    def transfer_done(self, transfer: Moving) -> None:
         """All of it is here, and all of it is out."""
 
-    def transfer_mismatch(self, transfer: Transfer, uid: int) -> None:
+    def transfer_mismatch(self, transfer: Moving, uid: int) -> None:
         """A peer's frames are not of the same call."""
 
     def flow_broken(self, uid: int, error: Exception) -> None:
@@ -173,12 +172,12 @@ class Executor:
 
     # --- transfers --------------------------------------------------------------------------------------------------
 
-    def done(self, transfer: Transfer) -> None:
+    def done(self, transfer: Moving) -> None:
         """A transfer is complete."""
         self._transfers.pop(transfer.key, None)
         self._host.transfer_done(transfer)
 
-    def mismatch(self, transfer: Transfer, flow: Flow) -> None:
+    def mismatch(self, transfer: Moving, flow: Flow) -> None:
         """A peer's frames are not of the same call."""
         self._host.transfer_mismatch(transfer, flow.uid)
 

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pccl.collectives.flow import UNCREDITED_PER_CALL, CallKey, Flow
+from pccl.collectives.flow import UNCREDITED_PER_CALL, CallKey, Flow, Moving
 from pccl.collectives.program import Layout, Program, Unit, Use
 from pccl.core.frames import Header, Kind
 from pccl.core.step import Action
@@ -37,10 +37,10 @@ class Arithmetic(Protocol):
 class TransferHost(Protocol):
     """The executor."""
 
-    def done(self, transfer: Transfer) -> None:
+    def done(self, transfer: Moving) -> None:
         """The result is there, everything is out, and the transfer holds no memory."""
 
-    def mismatch(self, transfer: Transfer, flow: Flow) -> None:
+    def mismatch(self, transfer: Moving, flow: Flow) -> None:
         """A peer's frames are not of the same call."""
 
     def take_scratch(self, nbytes: int) -> npt.NDArray[np.uint8]:

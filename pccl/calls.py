@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from pccl.collectives.flow import CallKey
+from pccl.collectives.flow import CallKey, Moving
 from pccl.collectives.planner import WINDOW, Unreachable, plan
 from pccl.collectives.program import layout, program
 from pccl.collectives.reduction import Kernels
 from pccl.collectives.schedules.meaning import has_input, has_output, segments
 from pccl.collectives.tensors import Memory, allocate_like, memory_of
 from pccl.collectives.transfer import Transfer, Undo
+from pccl.collectives.volley import MOST, Volley
 from pccl.core.dtypes import ReduceOp, dtype_named
 from pccl.core.errors import CollectiveAborted, PcclError
 from pccl.core.types import Info, Pair, RoundInfo, Tag, View
@@ -112,7 +113,7 @@ class Part:
         self._staged_out = False
         self._undo: Undo | None = None
         self._spares: list[npt.NDArray[np.uint8]] = []
-        self._transfer: Transfer | None = None
+        self._transfer: Transfer | Volley | None = None
         self._used = ""
 
     # --- attempts ---------------------------------------------------------------------------------------------------
@@ -136,7 +137,7 @@ class Part:
             return f"its output of {out.count} elements has no room for {world} times {x.count}"
         return ""
 
-    def begin(self, engine: Engine, view: View, key: CallKey, broken: tuple[tuple[int, int], ...], *, atomic: bool) -> Transfer:
+    def begin(self, engine: Engine, view: View, key: CallKey, broken: tuple[tuple[int, int], ...], *, atomic: bool) -> Moving:
         """A transfer for an attempt in this membership.
 
         Raises:
@@ -159,17 +160,29 @@ class Part:
         except Unreachable as e:
             survivors = tuple(m.name for m in view.members)
             raise CollectiveAborted(f"{self.description}: {e}", call=self.description, reason=str(e), survivors=survivors) from None
-        prog = program(planned.schedule, rank)
-        self._used = planned.schedule.algorithm
+        schedule = planned.schedule
+        self._used = schedule.algorithm
+        arithmetic = Reduction(engine.kernels, self._op, world, everywhere=schedule.cuts == 1 and self._used == "direct")
+        source, target = self._source, self._target
+        short = self.collective == "all_reduce" and schedule.cuts == 1 and self._used in ("direct", "star")
+        if short and world > 1 and source is not None and target is not None and 0 < source.nbytes <= MOST:
+            hub = None if self._used == "direct" else schedule.root
+            others = [r for r in range(world) if r != rank] if hub is None or hub == rank else [hub]
+            flows = {r: engine.executor.flow(uids[r]) for r in others}
+            self._transfer = Volley(
+                engine.executor, key, self.signature, source, target, arithmetic, flows, rank=rank, hub=hub, undo=self._undo
+            )
+            return self._transfer
+        prog = program(schedule, rank)
         self._transfer = Transfer(
             engine.executor,
             key,
             self.signature,
             prog,
             layout(prog, count, planned.slice_size),
-            self._source,
-            self._target,
-            Reduction(engine.kernels, self._op, world, everywhere=planned.schedule.cuts == 1 and self._used == "direct"),
+            source,
+            target,
+            arithmetic,
             {r: engine.executor.flow(uids[r]) for r in prog.peers},
             undo=self._undo,
             window=WINDOW,
@@ -343,7 +356,7 @@ class _Parts(Operation):
         key = CallKey(view.epoch, record.id.key, k)
         self.engine.run(self, part.begin(self.engine, view, key, broken, atomic=self.atomic))
 
-    def transfer_done(self, transfer: Transfer) -> None:
+    def transfer_done(self, transfer: Moving) -> None:
         """A part has its result."""
         self.parts[transfer.key.sub].done = True
 

@@ -20,7 +20,6 @@ import numpy.typing as npt
 from pccl.collectives.executor import Executor
 from pccl.collectives.flow import Moving
 from pccl.collectives.reduction import Kernels
-from pccl.collectives.transfer import Transfer
 from pccl.core import codec
 from pccl.core.codec import WireError
 from pccl.core.errors import ConnectError, Evicted, InternalError, MasterUnreachable, PcclError, StateConflict, VersionMismatch
@@ -426,13 +425,25 @@ class Engine:
         """Begin an attempt."""
         op = self._op(record)
         membership = self.membership(comm)
+        if self._tried(op, lambda: op.begin(membership.view, record)):
+            self._check_complete(op)
+
+    def _tried(self, op: Operation, step: Callable[[], None]) -> bool:
+        """Take a step of a call; if that cannot be, the call has failed."""
         try:
-            op.begin(membership.view, record)
-        except PcclError as e:  # the call does not fit this membership
-            op.reason = e
-            self.fail(op, str(e))
-            return
-        self._check_complete(op)
+            step()
+        except Exception as e:
+            op.reason = self._reason(op, e)  # a PcclError: the call does not fit this membership
+            self.fail(op, str(op.reason))
+            return False
+        return True
+
+    def _reason(self, op: Operation, error: Exception) -> PcclError:
+        """What the caller gets for an error that has come up here."""
+        if isinstance(error, PcclError):
+            return error
+        self._loop.call_exception_handler({"message": f"{op.description} failed", "exception": error})
+        return InternalError(f"{op.description}: {error!r}")
 
     def run(self, op: Operation, transfer: Moving) -> None:
         """Run what moves a call's data."""
@@ -465,7 +476,8 @@ class Engine:
 
     def agreed(self, comm: int, record: Record, payload: bytes) -> None:
         """The master has answered what all members gave."""
-        self._op(record).agreed(codec.decode(payload))
+        op = self._op(record)
+        self._tried(op, lambda: op.agreed(codec.decode(payload)))
 
     def finish(self, comm: int, record: Record, outcome: Outcome) -> None:
         """A call is over."""
@@ -476,9 +488,10 @@ class Engine:
             op.settle(op.reason or failure(op, record, outcome))
             return
         try:
-            op.settle(op.result(outcome, record))
-        except PcclError as e:
-            op.settle(e)
+            result = op.result(outcome, record)
+        except Exception as e:
+            result = self._reason(op, e)
+        op.settle(result)
 
     def adopt(self, parent: int, result: SplitResult) -> Membership | None:
         """The communicator that a split made for this peer."""
@@ -558,14 +571,14 @@ class Engine:
 
     # --- executor ---------------------------------------------------------------------------------------------------
 
-    def transfer_done(self, transfer: Transfer) -> None:
+    def transfer_done(self, transfer: Moving) -> None:
         """A transfer is complete."""
         op = self._running.pop(transfer, None)
         if op:
             op.transfer_done(transfer)
             self._check_complete(op)
 
-    def transfer_mismatch(self, transfer: Transfer, uid: int) -> None:
+    def transfer_mismatch(self, transfer: Moving, uid: int) -> None:
         """A peer's frames are not of the same call."""
         op = self._running.get(transfer)
         if op:

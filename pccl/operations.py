@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from pccl.collectives.transfer import Transfer
+from pccl.collectives.flow import Moving
 from pccl.core import codec
 from pccl.core.errors import CollectiveAborted, CollectiveMismatch, CollectiveTimeout, PcclError, StateConflict, TooFewPeers
 from pccl.core.messages import Reason, SplitAsk, SplitResult
@@ -105,7 +105,7 @@ class Operation:
         """Whether this member has its result."""
         return True
 
-    def transfer_done(self, transfer: Transfer) -> None:
+    def transfer_done(self, transfer: Moving) -> None:
         """One of the call's transfers is complete."""
 
     def halt(self) -> None:
