@@ -21,8 +21,8 @@ WINDOW = 16 << 20
 """Bytes of slices that may lie in scratch or wait for their turn, per call."""
 ONE_SHOT = 64 << 10
 """All-reduces up to this size go to everyone at once: one hop instead of two or more."""
-SLICE = 256 << 10
-"""Slices of large calls: small enough to stay in cache between the network and the arithmetic, large enough to cost little each."""
+SLICE = 1 << 20
+"""Slices of large calls: small enough to keep the arithmetic busy while data comes in, large enough to cost little each."""
 
 _SMALL = {
     "all_reduce": "direct",
