@@ -96,7 +96,7 @@ class Kernels:
             if dtype_of(x.dtype).half:
                 self.fold(op, x, (x,), divide_by=world)
             else:
-                np.divide(_reals(x), world, out=_reals(x))
+                self._quietly(np.divide, _reals(x), world, out=_reals(x))
 
     def convert(self, out: Array, x: Array) -> None:
         """``out = x`` from float16 or bfloat16 to float32, exactly, or back, rounded and with NaNs as by `fold`. Disjoint arrays."""

@@ -345,6 +345,7 @@ class Handle(Collectives[R]):
         self._seen = view
         self._timeout = timeout
         self._me = view.members[view.rank].uid
+        self._departed = runtime.engine.membership(comm).departed
         self._closed = False
 
     @property
@@ -420,7 +421,7 @@ class Handle(Collectives[R]):
         new = op.view
         if new is None or new.epoch <= self._seen.epoch:
             return
-        old, departed = self._seen, self._runtime.engine.membership(self._comm).departed
+        old, departed = self._seen, self._departed
         gone = [m for m in old.members if m not in new.members]
         self._seen = dataclasses.replace(
             new,

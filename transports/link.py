@@ -108,7 +108,8 @@ class WireLink(Link):
                     reader.received(n)
             except BlockingIOError:
                 return
-            except (OSError, WireError) as e:
+            except Exception as e:
+                self._report(e)
                 self._lose(e)
                 return
             if not n:
@@ -159,10 +160,16 @@ class WireLink(Link):
         except BlockingIOError:
             self._blocked = True
             self._wire.notify_writable(self._writable)
-        except OSError as e:
+        except Exception as e:
+            self._report(e)
             self._loop.call_soon(self._lose, e)
         finally:
             self._writing = False
+
+    def _report(self, error: Exception) -> None:
+        """Complain of what is no fault of the peer's. The link is of no use then: a frame was handled by half."""
+        if not isinstance(error, (OSError, WireError)):
+            self._loop.call_exception_handler({"message": f"the link to peer {self.uid} is given up", "exception": error})
 
     def _pull(self) -> OutFrame | None:
         return self._handler.next_frame(self) if self._handler else None
