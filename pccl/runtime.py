@@ -36,6 +36,8 @@ PATIENCE = 0.001
 """Seconds without any news after which a borrower leaves the rest to the engine's thread."""
 KEEP = 0.002
 STRETCH = 0.02
+GLANCE = 0.1
+"""Longest wait at a time: a signal that comes just before a thread goes to sleep does not wake it, and its handler waits, too."""
 _NAMES = "INT TERM HUP QUIT USR1 USR2 ALRM VTALRM PROF CHLD WINCH CONT TSTP TTIN TTOU IO URG PIPE"
 SIGNALS = tuple(int(getattr(signals, f"SIG{name}")) for name in _NAMES.split() if hasattr(signals, f"SIG{name}"))
 """Those for which programs have handlers; torch's DataLoader has one for SIGCHLD, which raises."""
@@ -226,7 +228,7 @@ class ThreadRuntime:
         """Likewise, for callers without a loop."""
         future = self.run(self._start)
         try:
-            future.result()
+            _outcome(future)
         except BaseException:
             future.cancel()
             self._end()
@@ -242,7 +244,7 @@ class ThreadRuntime:
             return
         self._closed = True
         try:
-            self.run(self.engine.leave if leave else self.engine.close).result()
+            _outcome(self.run(self.engine.leave if leave else self.engine.close))
         finally:
             self._end()
 
@@ -351,6 +353,13 @@ class SignalsHeld:
         finally:
             if self._handlers or self._caught:
                 self._give_back()
+
+
+def _outcome(future: concurrent.futures.Future[T]) -> T:
+    """Wait for it."""
+    while not future.done():
+        concurrent.futures.wait([future], GLANCE)
+    return future.result()
 
 
 def _settle(future: asyncio.Future[Any], result: Any) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Unpack
@@ -18,7 +19,7 @@ from pccl.core.errors import InvalidArgument, PcclError
 from pccl.core.types import RoundInfo, StateInfo, Tag, View
 from pccl.face import Collectives, Handle, How, check_retry, check_tag
 from pccl.operations import Operation, Update
-from pccl.runtime import ThreadRuntime
+from pccl.runtime import GLANCE, ThreadRuntime
 from pccl.state import Sync
 
 LAST_WORD = 0.1
@@ -61,15 +62,17 @@ class Work:
         Args:
             timeout: seconds; after them TimeoutError is raised, and the call goes on.
         """
-        if not self._ended:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not self._ended:
+            left = GLANCE if deadline is None else min(GLANCE, deadline - time.monotonic())
+            if left <= 0:
+                raise TimeoutError(f"{self._op.description} is still under way after {timeout:g} s")
             try:
-                if self._over.acquire(timeout=-1 if timeout is None else max(0.0, timeout)):
+                if self._over.acquire(timeout=left):
                     self._over.release()
             except BaseException:  # Ctrl-C
                 self._abandon()
                 raise
-            if not self._ended:
-                raise TimeoutError(f"{self._op.description} is still under way after {timeout:g} s")
         self._owner._see(self._op)
         if isinstance(self._result, BaseException):
             raise self._result
