@@ -264,6 +264,8 @@ class Transfer:
             for header, data in frames:
                 if not self.halted:
                     flow.redeliver(self, header, data)
+            if self.halted:  # what came early was not of this call
+                return
         for unit in self.program.local:
             for s in range(self.layout.slices[unit.use.block]):
                 self._try(unit, s)

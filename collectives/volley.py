@@ -129,6 +129,8 @@ class Volley:
             for header, data in frames:
                 if not self.halted:
                     flow.redeliver(self, header, data)
+            if self.halted:  # what came early was not of this call
+                return
             if lane.is_ready():
                 flow.offer(lane)
 

@@ -22,7 +22,7 @@ from pccl.core.dtypes import ReduceOp, dtype_named
 from pccl.core.errors import CollectiveAborted, PcclError
 from pccl.core.types import Info, Pair, RoundInfo, Tag, View
 from pccl.operations import Operation, signature
-from pccl.protocol.record import Outcome, Record
+from pccl.protocol.record import Outcome, Record, State
 
 if TYPE_CHECKING:
     from pccl.engine import Engine
@@ -344,6 +344,8 @@ class _Parts(Operation):
             part.done = False
         for k, part in enumerate(self.parts):
             self._begin_part(part, k)
+            if record.state is not State.RUNNING:  # what had come of it was not of this call
+                return
 
     def _begin_part(self, part: Part, k: int) -> None:
         view, record = self._now, self._record
