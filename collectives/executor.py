@@ -37,6 +37,18 @@ class ExecutorHost(Protocol):
         """Call `Executor.flush_lazy` in a few milliseconds."""
 
 
+class _Dead:
+    """A call that ended here before its time."""
+
+    __slots__ = ("heard", "waits")
+
+    def __init__(self) -> None:
+        self.heard: set[int] = set()
+        """Peers that have discarded it"""
+        self.waits: set[int] | None = None
+        """Peers that have yet to, once this one has"""
+
+
 class Executor:
     """All running transfers, and the flows that carry them."""
 
@@ -49,8 +61,8 @@ class Executor:
         self._epochs: set[Epoch] = set()
         """The present ones of all communicators"""
         self._newest: tuple[int, int] = (0, -1)
-        self._dead: dict[Epoch, set[int]] = defaultdict(set)
-        """Calls that ended before their time; what still comes of them is dropped"""
+        self._dead: dict[Epoch, dict[int, _Dead]] = defaultdict(dict)
+        """Calls that ended before their time; what still comes of them is dropped, until every peer has said that nothing more will"""
         self._scratch: dict[int, list[npt.NDArray[np.uint8]]] = defaultdict(list)
         self._scratch_kept = 0
         self._dirty: dict[Flow, None] = {}
@@ -85,16 +97,36 @@ class Executor:
 
     def void(self, key: CallKey) -> None:
         """The attempt will not go on: what its peers still send, for which they have credit, is dropped."""
-        self._dead[key.epoch].add(key.call)
+        self._dead[key.epoch].setdefault(key.call, _Dead())
 
     def discard(self, epoch: Epoch, call: int, uids: Iterable[int]) -> None:
         """A call has ended before its time: nothing of it is kept, and its members are told so."""
-        self._dead[epoch].add(call)
+        dead = self._dead[epoch].setdefault(call, _Dead())
+        dead.waits = set()
         for uid in uids:
             if uid in self.flows:
-                self.flows[uid].forget(epoch, call)
-                self.flows[uid].say(Header(Kind.DISCARDED, epoch, call))
+                flow = self.flows[uid]
+                if flow.link and uid not in dead.heard and not flow.is_unwanted(epoch, call):
+                    dead.waits.add(uid)
+                flow.forget(epoch, call)
+                flow.say(Header(Kind.DISCARDED, epoch, call))
+        self._bury(epoch, call)
         self.flush()
+
+    def discarded(self, flow: Flow, epoch: Epoch, call: int) -> bool:
+        """A peer keeps nothing of a call, and sends no more of it. Returns whether the call is over here, too."""
+        dead = self._dead[epoch].get(call) if epoch in self._dead else None
+        if dead is None:
+            return self.is_over(CallKey(epoch, call, 0))
+        dead.heard.add(flow.uid)
+        if dead.waits is not None:
+            dead.waits.discard(flow.uid)
+            self._bury(epoch, call)
+        return True
+
+    def _bury(self, epoch: Epoch, call: int) -> None:
+        if not self._dead[epoch][call].waits:
+            del self._dead[epoch][call]
 
     def enter_epoch(self, new: Epoch, old: Epoch | None, uids: Iterable[int]) -> None:
         """A communicator has gone from one epoch to the next; its transfers were halted before.

@@ -98,6 +98,9 @@ class FlowHost(Protocol):
     def is_over(self, key: CallKey) -> bool:
         """Whether frames of this call are worthless: its epoch or the call itself is over here."""
 
+    def discarded(self, flow: Flow, epoch: Epoch, call: int) -> bool:
+        """The peer sends nothing more of a call that was aborted, and keeps nothing. Returns whether the call is over here, too."""
+
     def moved(self, n: int) -> None:
         """So many payload bytes were received or sent."""
 
@@ -172,6 +175,10 @@ class Flow:
             for key in [k for k in table if k.epoch == epoch and call in (None, k.call)]:
                 del table[key]
         self._unwanted = {u for u in self._unwanted if u[0] != epoch or call not in (None, u[1])}
+
+    def is_unwanted(self, epoch: Epoch, call: int) -> bool:
+        """Whether the peer has said that it is done with a call that goes on here."""
+        return bool(self._unwanted) and ((epoch, call) in self._unwanted or (epoch, None) in self._unwanted)
 
     def halt(self, transfer: Moving) -> None:
         """Let go of a transfer's memory."""
@@ -249,7 +256,7 @@ class Flow:
         if stream.position + length <= stream.limit:
             return True
         key = stream.transfer.key
-        if (key.epoch, key.call) in self._unwanted or (key.epoch, None) in self._unwanted:
+        if self.is_unwanted(key.epoch, key.call):
             return False
         share, payload = self._shares.get(key, (0, 0))
         if payload + length > UNCREDITED_PER_CALL:
@@ -339,7 +346,8 @@ class Flow:
             whole = header.kind == Kind.MARK
             for share in [k for k in self._shares if k.epoch == header.epoch and (whole or k.call == header.call)]:
                 self._return_share(share)
-            if not self._host.is_over(CallKey(header.epoch, -1 if whole else header.call, 0)):
+            over = self._host.is_over(CallKey(header.epoch, -1, 0)) if whole else self._host.discarded(self, header.epoch, header.call)
+            if not over:
                 self._unwanted.add((header.epoch, None if whole else header.call))
 
     def redeliver(self, transfer: Moving, header: Header, data: bytearray) -> None:

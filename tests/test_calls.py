@@ -17,8 +17,10 @@ import pccl
 from pccl import sync
 from pccl.calls import Part
 from pccl.collectives.tensors import memory_of
+from pccl.collectives.transfer import OutStream
+from pccl.collectives.volley import Lane
 from pccl.core.types import Epoch, Member, View
-from tests.checks.support import each, group, in_threads, outcomes, wait_until
+from tests.checks.support import each, group, in_threads, outcomes, until, wait_until
 
 VIEW = View(Epoch(1, 1, 1), 0, tuple(Member(uid, f"peer {uid}", "here") for uid in range(3)))
 
@@ -122,7 +124,83 @@ def test_a_work_on_a_communicator_that_was_left_meanwhile() -> None:
     in_threads(3, body)
 
 
+@pytest.mark.parametrize("count", [4, 10_000, 300_000])
+@pytest.mark.parametrize("rounds", [False, True])
+async def test_what_came_early_of_another_call_ends_this_one_before_it_sends(
+    count: int, rounds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing leaves, or comes in, when the call is halted: its caller has its memory back."""
+    wrong: list[Any] = []
+    for kind in (OutStream, Lane):
+        pull = kind.pull
+
+        def watched(self: Any, pull: Any = pull) -> Any:
+            if self.transfer.halted:
+                wrong.append(self.transfer.key)
+            return pull(self)
+
+        monkeypatch.setattr(kind, "pull", watched)
+
+    async def one(comm: Any, op: str) -> None:
+        if not rounds:
+            await comm.all_reduce(np.ones(count), op)
+            return
+        async with comm.round() as r:
+            r.all_reduce(np.ones(count), op)
+            r.all_reduce(np.ones(count))
+
+    async with group(3) as comms:
+        engine: Any = comms[2]._runtime.engine
+        others = [asyncio.create_task(one(c, "sum")) for c in comms[:2]]
+        await until(lambda: any(flow._early or flow._credits for flow in engine.executor.flows.values()))
+        if rounds:  # all of its parts begin at once
+            runtime: Any = comms[2]._runtime
+            membership = engine.membership(0)
+            runtime.post(setattr, membership, "stopped", True)
+            last = asyncio.create_task(one(comms[2], "max"))
+            await until(lambda: membership._queue and membership._queue[0].op.sealed)
+            runtime.post(setattr, membership, "stopped", False)
+            runtime.post(membership._drain, 0.0)
+        else:
+            last = asyncio.create_task(one(comms[2], "max"))
+        found = await outcomes([*others, last], within=20.0)
+        assert all(isinstance(error, pccl.CollectiveMismatch) for error in found), found
+        assert not wrong
+        assert not engine._running
+        await each(c.barrier() for c in comms)
+
+
 # --- what is over ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["deadline", "cancelled", "mismatch"])
+async def test_calls_that_were_aborted_are_forgotten(how: str) -> None:
+    """Nothing is known of any of them, at any member, once all have said that they send nothing more: an epoch may be long."""
+    async with group(3) as comms:
+        engines: list[Any] = [c._runtime.engine for c in comms]
+        for k in range(12):
+            who, count = k % 3, 300_000 if k % 2 else 1000
+            inputs = [np.ones(count, np.float32) for _ in comms]
+            tasks = [
+                asyncio.create_task(
+                    c.all_reduce(
+                        inputs[i],
+                        "max" if how == "mismatch" and i == who else "sum",
+                        tag=f"call {k}",
+                        timeout=0.001 if how == "deadline" and i == who else 20.0,
+                    )
+                )
+                for i, c in enumerate(comms)
+                if how != "deadline" or i != (who + 1) % 3 or k % 4
+            ]
+            if how == "cancelled":
+                await asyncio.sleep(0)
+                tasks[who].cancel()
+            await outcomes(tasks, within=20.0)
+        await each(c.barrier() for c in comms)
+        await until(lambda: not any(calls for engine in engines for calls in engine.executor._dead.values()))
+        for engine in engines:
+            assert all(not flow._early_bytes and not flow._unwanted and not flow._share_total for flow in engine.executor.flows.values())
 
 
 @pytest.fixture

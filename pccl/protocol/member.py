@@ -240,13 +240,13 @@ class Membership:
             self._news = False
         outcome = Outcome(m.verdict == "C", self.view, m.reason, m.detail, m.payload, m.by, m.missing, m.claims)
         record = self._records.get(m.call)
-        if m.verdict == "A":
-            self.host.discard(self.comm, m.epoch, m.call)
         if record is None:
             if not self._passed(m.call):
                 self._stored[m.call] = Stored(m.verdict, outcome, m.waiting, m.seq)
         elif m.verdict != "N":
             self._learn(record, outcome, m.waiting, m.seq, now)
+        if m.verdict == "A":  # it is halted now: what tells the others so is the last that they get of it
+            self.host.discard(self.comm, m.epoch, m.call)
         self._release(now)
 
     def _new_epoch(self, m: NewEpoch, now: float) -> None:
