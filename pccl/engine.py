@@ -193,8 +193,8 @@ class Engine:
                 op.deadline = self._loop.call_later(op.timeout, self.expire, op)
             membership.enter(op.record, self._loop.time())
             self._arm(membership)
-        except PcclError as e:
-            op.settle(e)
+        except Exception as e:
+            op.settle(self._reason(op, e))
 
     def serve(self, op: Operation, patience: float, at_most: float) -> None:
         """Receive by hand, in a thread that has this engine to itself while its loop stands still.
@@ -211,7 +211,7 @@ class Engine:
             idle = now - heard
             if idle > patience or now - began > at_most:
                 return
-            if op.atomic:
+            if op.record.announced:
                 self._client.receive()  # a message that was sent may have taken the wake-up of one that comes
             spin = op.settled or idle < self._spin
             ready = poll.poll(0 if spin else 1)

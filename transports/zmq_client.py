@@ -21,6 +21,7 @@ from pccl.transports.keys import KeyPair, new_keypair
 from pccl.transports.zmq_common import (
     HANDSHAKE,
     LINGER_MS,
+    NOBLOCK,
     Context,
     Pump,
     Socket,
@@ -270,21 +271,21 @@ class _Connection:
 
     def _send_next(self) -> None:
         try:
-            self._socket.send(self._waiting[0], zmq.NOBLOCK)
+            self._socket.send(self._waiting[0], NOBLOCK)
         except zmq.Again:
             return
         self._waiting.popleft()
 
     def _read_message(self) -> bool:
-        events = int(self._socket.getsockopt(zmq.EVENTS))
-        if events & zmq.POLLIN:
-            data = self._socket.recv(zmq.NOBLOCK)
-            if self.up:  # else it is from no master: that speaks when it has been spoken to
-                self._on_message(data)
-        elif events & zmq.POLLOUT and self._waiting:
-            self._send_next()
-        else:
-            return False
+        try:
+            data = self._socket.recv(NOBLOCK)
+        except zmq.Again:
+            before = len(self._waiting)
+            if before:
+                self._send_next()
+            return len(self._waiting) < before
+        if self.up:  # else it is from no master: that speaks when it has been spoken to
+            self._on_message(data)
         return True
 
     def _read_event(self) -> bool:

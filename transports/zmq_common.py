@@ -18,6 +18,8 @@ from pccl.transports import fork
 Socket = zmq.Socket[bytes]
 Context = zmq.Context[Socket]
 
+NOBLOCK = int(zmq.NOBLOCK)
+"""Not an enum: those take longer than the call."""
 BUDGET = 100
 """Messages that are handled before the loop gets to its timers again."""
 HIGH_WATER = 16_384

@@ -26,6 +26,7 @@ from pccl.transports.zap import Gate, protect
 from pccl.transports.zmq_common import (
     HIGH_WATER,
     LINGER_MS,
+    NOBLOCK,
     Context,
     Pump,
     Socket,
@@ -41,6 +42,7 @@ from pccl.transports.zmq_common import (
 log = logging.getLogger(__name__)
 
 WILDCARDS = ("*", "0.0.0.0", "::")
+SNDMORE = int(zmq.SNDMORE) | NOBLOCK
 GRACE = 0.5
 """Seconds within which the last messages of an ended connection are read, however much others send."""
 REMEMBERED = 1024
@@ -155,8 +157,8 @@ class ZmqServer(ControlServer):
         if peer is None or peer.cut:
             return
         try:
-            self._socket.send(peer.route, zmq.SNDMORE | zmq.NOBLOCK)
-            self._socket.send(data, zmq.NOBLOCK)
+            self._socket.send(peer.route, SNDMORE)
+            self._socket.send(data, NOBLOCK)
         except zmq.Again:
             log.warning("cut the connection of a peer at %s: %s messages wait, and it reads none", origin.host, HIGH_WATER)
             self._cut(peer)
@@ -228,19 +230,19 @@ class ZmqServer(ControlServer):
 
     def _read_message(self) -> bool:
         try:
-            route = self._socket.recv(zmq.NOBLOCK)
+            route = self._socket.recv(NOBLOCK)
         except zmq.Again:
             self._report_ended()
             return False
         peer = self._by_route.get(route)
         if peer is None:
-            frame = self._socket.recv(zmq.NOBLOCK, copy=False)
+            frame = self._socket.recv(NOBLOCK, copy=False)
             peer, data = self._admit(route, frame), frame.bytes
         else:
-            data = self._socket.recv(zmq.NOBLOCK)
+            data = self._socket.recv(NOBLOCK)
         if self._socket.getsockopt(zmq.RCVMORE):  # no client of ours sends parts
             while self._socket.getsockopt(zmq.RCVMORE):
-                self._socket.recv(zmq.NOBLOCK)
+                self._socket.recv(NOBLOCK)
             self._cut(peer)
         if not peer.ended and not peer.cut:
             peer.known = True
