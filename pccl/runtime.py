@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 logger = logging.getLogger("pccl")
 
-PATIENCE = 0.001
+PATIENCE = 0.005
 """Seconds without any news after which a borrower leaves the rest to the engine's thread."""
 KEEP = 0.002
 STRETCH = 0.02
@@ -142,6 +142,11 @@ class ThreadRuntime:
         except RuntimeError:  # it was closed just now
             raise closed_error() from None
         self._wake()
+
+    @property
+    def forked(self) -> bool:
+        """Whether this is a child of the process that the engine is in: nothing will ever end here."""
+        return self._forked
 
     def _wake(self) -> None:
         """Have the thread run the loop if nobody else has the engine."""

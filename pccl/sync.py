@@ -19,7 +19,7 @@ from pccl.core.errors import InvalidArgument, PcclError
 from pccl.core.types import RoundInfo, StateInfo, Tag, View
 from pccl.face import Collectives, Handle, How, check_retry, check_tag
 from pccl.operations import Operation, Update
-from pccl.runtime import GLANCE, ThreadRuntime
+from pccl.runtime import GLANCE, ThreadRuntime, forked_error
 from pccl.state import Sync
 
 LAST_WORD = 0.1
@@ -64,6 +64,9 @@ class Work:
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while not self._ended:
+            runtime = self._owner._runtime
+            if isinstance(runtime, ThreadRuntime) and runtime.forked:
+                raise forked_error()
             left = GLANCE if deadline is None else min(GLANCE, deadline - time.monotonic())
             if left <= 0:
                 raise TimeoutError(f"{self._op.description} is still under way after {timeout:g} s")

@@ -346,6 +346,31 @@ def test_a_child_that_is_forked_meanwhile_has_its_handlers() -> None:
     assert found == [42]
 
 
+def test_a_work_of_the_parent_does_not_end_in_a_child() -> None:
+    go = threading.Event()
+
+    def other(comm: sync.Communicator) -> None:
+        go.wait(30)
+        comm.barrier()
+
+    with pair(other) as comm:
+        work = comm.barrier(async_op=True)
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                work.wait(20)
+            except pccl.InvalidArgument:
+                code = 42
+            finally:
+                os._exit(code)
+        try:
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 42
+        finally:
+            go.set()
+        assert work.wait().world_size == 2
+
+
 # --- the end ------------------------------------------------------------------------------------------------------------
 
 
