@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import typer
 
+from pccl.runtime import new_loop
 from pccl.tools.cli import SIGNALLED
 
 T = TypeVar("T")
@@ -38,7 +39,8 @@ def run(main: Coroutine[Any, Any, T]) -> T:
         return await task
 
     try:
-        return asyncio.run(watched())
+        with asyncio.Runner(loop_factory=new_loop) as runner:
+            return runner.run(watched())
     except asyncio.CancelledError:
         if not caught:
             raise
