@@ -211,7 +211,7 @@ class Engine:
             idle = now - heard
             if idle > patience or now - began > at_most:
                 return
-            if op.atomic:
+            if op.record.announced:
                 self._client.receive()  # a message that was sent may have taken the wake-up of one that comes
             spin = op.settled or idle < self._spin
             ready = poll.poll(0 if spin else 1)
