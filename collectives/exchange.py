@@ -168,10 +168,7 @@ class Exchange:
     def start(self) -> None:
         """Begin: answer what was asked early."""
         for flow in self._flows.values():
-            frames, _ = flow.take_early(self.key)
-            for header, data in frames:
-                if not self.halted:
-                    flow.redeliver(self, header, data)
+            flow.deliver_early(self)
 
     def halt(self) -> None:
         """Stop."""

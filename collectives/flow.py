@@ -72,6 +72,7 @@ class Moving(Protocol):
     """Something that moves the data of one call: a transfer, or the exchange of a shared state."""
 
     key: CallKey
+    halted: bool
 
     def start(self) -> None:
         """Begin."""
@@ -161,8 +162,16 @@ class Flow:
         self._control.append(header)
         self._host.needs_flush(self)
 
-    def take_early(self, key: CallKey) -> tuple[list[tuple[Header, bytearray]], list[Header]]:
-        """What came of a call before it was entered: its frames, and grants for its streams."""
+    def deliver_early(self, transfer: Moving) -> None:
+        """Give a transfer that begins what came of its call before: grants for its streams, and frames."""
+        frames, credits = self._take_early(transfer.key)
+        for header in credits:
+            transfer.credited(self, header)
+        for header, data in frames:
+            if not transfer.halted:
+                self.redeliver(transfer, header, data)
+
+    def _take_early(self, key: CallKey) -> tuple[list[tuple[Header, bytearray]], list[Header]]:
         frames = self._early.pop(key, [])
         self._early_bytes -= sum(len(data) + FRAME_OVERHEAD for _, data in frames)
         return frames, self._credits.pop(key, [])
@@ -170,7 +179,7 @@ class Flow:
     def forget(self, epoch: Epoch, call: int | None = None) -> None:
         """Whatever came early of a call, or of an epoch, is worthless."""
         for key in [k for k in self._early if k.epoch == epoch and call in (None, k.call)]:
-            self.take_early(key)
+            self._take_early(key)
         for table in (self._credits, self._lazy):
             for key in [k for k in table if k.epoch == epoch and call in (None, k.call)]:
                 del table[key]

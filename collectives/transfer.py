@@ -258,12 +258,7 @@ class Transfer:
                 lazy = totals[rank] <= UNCREDITED_PER_CALL
                 self._flow_of[rank].grant(self.key, channel, stream.limit, self.signature, lazy=lazy)
         for flow in self._flows:
-            frames, credits = flow.take_early(self.key)
-            for header in credits:
-                self.credited(flow, header)
-            for header, data in frames:
-                if not self.halted:
-                    flow.redeliver(self, header, data)
+            flow.deliver_early(self)
             if self.halted:  # what came early was not of this call
                 return
         for unit in self.program.local:

@@ -123,12 +123,7 @@ class Volley:
         """Begin: say that this member is in, take what came early, and send."""
         for flow, lane in self._lanes.items():
             flow.grant(self.key, 0, self.nbytes, self.signature, lazy=True)
-            frames, credits = flow.take_early(self.key)
-            for header in credits:
-                self.credited(flow, header)
-            for header, data in frames:
-                if not self.halted:
-                    flow.redeliver(self, header, data)
+            flow.deliver_early(self)
             if self.halted:  # what came early was not of this call
                 return
             if lane.is_ready():

@@ -42,9 +42,10 @@ class Pipe:
         assert lazy
         assert limit <= MOST
 
-    def take_early(self, key: CallKey) -> tuple[list[tuple[Header, bytearray]], list[Header]]:
+    def deliver_early(self, volley: Volley) -> None:
         early, self.early = self.early, []
-        return early, []
+        for header, data in early:
+            self.redeliver(volley, header, data)
 
     def offer(self, lane: Any) -> None:
         if not lane.queued:
