@@ -13,6 +13,8 @@ from pccl.transports.wire import Wire
 
 READS_AT_ONCE = 8
 """Reads of one link before others get their turn."""
+WRITES_AT_ONCE = 16
+"""Writes, likewise: where the other side keeps up, there is always room."""
 LINGER = 1.0
 """Seconds that a closed link waits for the other side to read what is under way."""
 
@@ -152,11 +154,14 @@ class WireLink(Link):
     def _write(self) -> None:
         self._writing = True
         try:
-            while not self._ending:
-                buffers = self._writer.buffers()
+            for _ in range(WRITES_AT_ONCE):
+                buffers = None if self._ending else self._writer.buffers()
                 if not buffers:
-                    break
+                    return
                 self._writer.advance(self._wire.write(buffers))
+            if not self._ending:
+                self._blocked = True
+                self._wire.notify_writable(self._writable)
         except BlockingIOError:
             self._blocked = True
             self._wire.notify_writable(self._writable)
