@@ -232,7 +232,7 @@ class Part:
                 assert out.flat is not None
                 self._target = out.flat[:count]
         self._out_now = out
-        if same and atomic and not copy_in:
+        if same and atomic and not copy_in and self.collective != "broadcast":  # whose root keeps what it gives
             assert self._target is not None
             memory = self._target.view(np.uint8)
             spare = engine.spare(memory.nbytes)

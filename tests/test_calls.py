@@ -170,6 +170,21 @@ async def test_what_came_early_of_another_call_ends_this_one_before_it_sends(
         await each(c.barrier() for c in comms)
 
 
+async def test_the_root_of_a_broadcast_saves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would copy all of its tensor before it sends the first slice, and the engine's loop would stand still meanwhile."""
+    async with group(2) as comms:
+        engine: Any = comms[0]._runtime.engine
+        monkeypatch.setattr(engine, "spare", once(MemoryError("for nothing"), monkeypatch))
+        inputs = [np.full(500_000, k + 1.0) for k in range(2)]
+        await each(c.broadcast(x) for c, x in zip(comms, inputs, strict=True))
+        assert all((x == 1).all() for x in inputs)
+        call = asyncio.create_task(comms[0].broadcast(inputs[0]))
+        await until(lambda: engine.busy)
+        call.cancel()
+        await outcomes([call])
+        assert (inputs[0] == 1).all()
+
+
 # --- what is over ---------------------------------------------------------------------------------------------------------
 
 
