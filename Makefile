@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 SEEDS  ?= 20000
+JOBS   ?= 2
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
@@ -12,7 +13,7 @@ demo: $(VENV)/.demo
 	$(BIN)/pccl demo
 
 test: $(VENV)/.torch
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations 15 $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
