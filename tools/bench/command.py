@@ -96,8 +96,13 @@ WRONG = Column("wrong", "#wrong", 6)
 
 def _measure(report: Report, work: Coroutine[Any, Any, None], json_file: Path | None) -> None:
     """Run a benchmark to its end, or to its failure."""
+
+    async def measured() -> None:
+        report.begin()
+        await work
+
     try:
-        run(work)
+        run(measured())
     except BenchFailed as error:
         typer.echo(f"pccl bench: {error}", err=True)
         raise typer.Exit(FAILED) from None

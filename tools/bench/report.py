@@ -47,10 +47,14 @@ class Report:
             "options": options,
         }
         self._columns = columns
+        self._notes = notes
+
+    def begin(self) -> None:
+        """Say what is measured."""
         facts = f"pccl {pccl.__version__}, Python {platform.python_version()}, {os.cpu_count()} CPUs"
-        for line in (f"pccl bench {name}: {facts}", *notes):
+        for line in (f"pccl bench {self._facts['benchmark']}: {facts}", *self._notes):
             typer.echo(f"# {line}")
-        typer.echo(" ".join(c.title.rjust(c.width) for c in columns))
+        typer.echo(" ".join(c.title.rjust(c.width) for c in self._columns))
 
     def row(self, **values: Any) -> None:
         """Add a row."""
