@@ -42,6 +42,9 @@ class How(TypedDict, total=False):
     """Blocking face only: return a `Work` at once. Default False."""
 
 
+KEYWORDS = frozenset(How.__annotations__)
+
+
 class Collectives(ABC, Generic[R]):
     """The collectives. In each, all members of the communicator make the same call.
 
@@ -374,8 +377,8 @@ class Handle(Collectives[R]):
 
     def _operation(self, part: Part, how: How) -> Operation:
         """The operation that a part and its keywords make."""
-        if not how.keys() <= How.__annotations__.keys():
-            unknown = how.keys() - How.__annotations__.keys()
+        if not KEYWORDS.issuperset(how):
+            unknown = how.keys() - KEYWORDS
             raise InvalidArgument(f"{', '.join(sorted(unknown))}: no such keyword; there are {', '.join(How.__annotations__)}")
         atomic = bool(how.get("atomic", True))
         return Collective(

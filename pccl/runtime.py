@@ -317,6 +317,10 @@ class SignalsHeld:
 
     _now: ClassVar[list[SignalsHeld]] = []
     """Those of the main thread, the outermost first"""
+    _found: ClassVar[list[Any]] = []
+    """The handlers of all SIGNALS, as they were found last"""
+    _python: ClassVar[list[tuple[int, Any]]] = []
+    """Those of them that are Python's to run"""
 
     @classmethod
     def forked(cls) -> None:
@@ -330,7 +334,11 @@ class SignalsHeld:
         self._caught: list[int] = []
         self._handlers: list[tuple[int, Any]] = []
         if threading.current_thread() is threading.main_thread():
-            self._handlers = [(n, handler) for n in SIGNALS if callable(handler := signals.getsignal(n))]
+            found = list(map(signals.getsignal, SIGNALS))
+            if found != self._found:
+                SignalsHeld._found = found
+                SignalsHeld._python = [(n, handler) for n, handler in zip(SIGNALS, found, strict=True) if callable(handler)]
+            self._handlers = self._python.copy()
             self._now.append(self)
             try:
                 for number, _ in self._handlers:
