@@ -23,6 +23,7 @@ ONE_SHOT = 64 << 10
 """All-reduces up to this size go to everyone at once: one hop instead of two or more."""
 SLICE = 1 << 20
 """Slices of large calls: small enough to keep the arithmetic busy while data comes in, large enough to cost little each."""
+LEAST_SLICE = 64 << 10
 
 _SMALL = {
     "all_reduce": "direct",
@@ -90,13 +91,13 @@ def plan(
             parents = tuple(int(p) for p in trees.spanning_tree(_links(world, broken), root=root))
         except InvalidArgument as e:
             raise Unreachable(f"the members are not connected by links, and nobody else relays for them: {e}") from None
-        return Plan(build(collective, "spanning_tree", world, root=root, parents=parents), _slice(nbytes, itemsize))
+        return Plan(build(collective, "spanning_tree", world, root=root, parents=parents), _slice(world, itemsize))
     if algorithm == "auto":
         algorithm = _choose(collective, nbytes, world, near)
     cuts = 0
     if collective == "all_reduce" and algorithm == "direct" and nbytes <= ONE_SHOT:
         cuts = 1
-    slice_bytes = _slice(nbytes, itemsize) * itemsize
+    slice_bytes = _slice(world, itemsize) * itemsize
     if find(collective, algorithm).cyclic:
         # scratch goes round in a circle: a part must stay below half of a stream's window
         natural = natural_cuts(collective, algorithm, world)
@@ -125,9 +126,9 @@ def _choose(collective: str, nbytes: int, world: int, near: bool) -> str:
     return (_SMALL if nbytes <= ONE_SHOT else _LARGE)[collective]
 
 
-def _slice(nbytes: int, itemsize: int) -> int:
-    """Elements per slice."""
-    return max(1, SLICE // itemsize)
+def _slice(world: int, itemsize: int) -> int:
+    """Elements per slice: two from every peer have to fit into the window."""
+    return max(1, min(SLICE, max(LEAST_SLICE, WINDOW // (2 * world))) // itemsize)
 
 
 def _links(world: int, broken: Collection[tuple[int, int]]) -> np.ndarray[tuple[int, int], np.dtype[np.bool_]]:
