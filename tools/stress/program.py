@@ -19,7 +19,9 @@ import xxhash
 Array = npt.NDArray[Any]
 
 MOST = 10
-"""Members for which the sizes of tensors are made, and their sums exact."""
+"""Workers at a time."""
+MEMBERS = MOST + 2
+"""For so many the sizes of tensors are made, and sums are exact: workers that have died are members until the group has noticed."""
 ELEMENTS = 1 << 19
 """Of the largest tensor."""
 IN_FLIGHT = 8
@@ -39,9 +41,9 @@ KINDS = {
 """Kinds of calls, and how often they come."""
 DTYPES = ("float32", "float32", "float64", "float16", "int32", "int64", "uint8")
 LARGEST = 99
-"""Of the table's numbers. A sum over MOST members is exact even in float16."""
+"""Of the table's numbers. A sum over MEMBERS is exact even in float16."""
 WINDOWS = 8191
-DIVISIBLE = math.lcm(*range(1, MOST + 1))
+DIVISIBLE = math.lcm(*range(1, MEMBERS + 1))
 """By every world size."""
 
 _UFUNCS = {"sum": np.add, "avg": np.add, "min": np.minimum, "max": np.maximum}
