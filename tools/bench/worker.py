@@ -115,11 +115,14 @@ class Orders:
     def host(self, visits: int, size: int) -> None:
         """Let newcomers in and out again; give each of them the state if there is any."""
         alone, state = self._comm.world_size, make_state(size)
-        for _ in range(visits):
-            self.gather(alone + 1)
-            if state:
+        came = 0
+        while came < visits or self._comm.world_size != alone:
+            joined = self._comm.update().joined  # one may come in the update in which the one before leaves
+            came += len(joined)
+            if joined and state:
                 self._comm.sync_state(state, revision=1)
-            self.gather(alone)
+            if not joined:
+                time.sleep(PAUSE)
 
     def visit(self, address: str, visits: int, size: int) -> dict[str, list[float]]:
         """Come as a newcomer, fetch the state if there is any, and leave, several times."""
