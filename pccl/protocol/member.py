@@ -33,7 +33,7 @@ from pccl.core.messages import (
     Verdict,
 )
 from pccl.core.types import CallId, Epoch, Pair, Tag, View
-from pccl.protocol.record import OPEN, Host, Op, Outcome, Record, State, Stored
+from pccl.protocol.record import MOVING, OPEN, Host, Op, Outcome, Record, State, Stored
 
 ANNOUNCE_AFTER = 0.01
 """Seconds that a call may take before the master is told of it; most are over by then."""
@@ -210,7 +210,7 @@ class Membership:
         if not self.stopped:
             self.stopped = True
             for record in self._open.values():
-                if record.state is State.RUNNING:
+                if record.state in MOVING:
                     self.host.halt(self.comm, record)
         calls = []
         letters = {State.DONE: "D", State.OVERDUE: "D", State.COMMITTED: "C", State.ABORTED: "A", State.SKIPPED: "U"}
@@ -443,7 +443,7 @@ class Membership:
             if outcome.committed and not (record.state in (State.DONE, State.OVERDUE) or record.op.is_update):
                 raise InternalError(f"{record.op.description} {record.id}: a commit met a call that is {record.state.value} here")
             record.payload = outcome.payload or record.payload
-            if record.state is State.RUNNING and not self.stopped:
+            if record.state in MOVING and not outcome.committed and not self.stopped:
                 self.host.halt(self.comm, record)
             if record.op.is_update and outcome.reason in (Reason.LOSS, Reason.LINK, Reason.STALL, Reason.TAKEOVER):
                 outcome = Outcome(True, self.view)  # it has nothing to undo, and tells the news by what it returns

@@ -31,6 +31,8 @@ class State(Enum):
 
 NO_ID = CallId(None, -1)
 OPEN = frozenset((State.HELD, State.RUNNING, State.DONE, State.OVERDUE))
+MOVING = OPEN - {State.HELD}
+"""A member that is done may still serve those who are not."""
 
 
 class Op(Protocol):

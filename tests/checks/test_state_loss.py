@@ -150,6 +150,7 @@ async def test_if_nobody_sends_what_the_hash_says_the_call_fails_and_the_state_i
         assert all("is not what it had hashed" in str(e) for e in found)
         assert caught == {comm._uid() for comm in comms[1:]}
         assert [bits(s) for s in states] == before
+        assert not any(comm._runtime.engine._running for comm in comms)  # those who were done serve nobody any more
         monkeypatch.undo()
         await sync(comms, states, 2)
         assert [bits(s) for s in states] == [before[1]] * 3
