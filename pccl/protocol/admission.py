@@ -29,11 +29,14 @@ class Admission(Generic[N, C]):
     """When the present round began"""
     waiting: set[int] = field(default_factory=set)
     """Uids that have not yet said which of their dials failed."""
+    tried: frozenset[Link] = frozenset()
+    """All pairs that were to be linked"""
     failed: list[Dial] = field(default_factory=list)
     reversed: bool = False
 
     def __post_init__(self) -> None:
         self.waiting = {dialer for dialer, _ in self.dials}
+        self.tried = frozenset(_links(self.dials))
 
     def ready(self, uid: int, failed: tuple[int, ...]) -> bool:
         """A member has dialled all of its share; returns whether that was the last of the round."""
@@ -56,7 +59,10 @@ class Admission(Generic[N, C]):
         self.waiting = {dialer for dialer, _ in self.dials}
         return True
 
-    @property
-    def broken(self) -> set[Link]:
-        """Pairs that neither side could link."""
-        return {Link(min(pair), max(pair)) for pair in self.failed}
+    def broken(self, before: set[Link]) -> set[Link]:
+        """Pairs without a link, once all rounds are over."""
+        return before - self.tried | _links(self.failed)
+
+
+def _links(pairs: Iterable[Dial]) -> set[Link]:
+    return {Link(min(pair), max(pair)) for pair in pairs}

@@ -46,7 +46,7 @@ from pccl.core.types import CallId, Epoch, Member
 from pccl.protocol.admission import Admission, Dial
 from pccl.protocol.election import Conflict, elect
 from pccl.protocol.ledger import Call, Ledger, Phase
-from pccl.protocol.reach import outcasts
+from pccl.protocol.reach import gaps, outcasts
 from pccl.protocol.takeover import newest_epoch, rebuild
 
 logger = logging.getLogger("pccl.master")
@@ -204,8 +204,10 @@ class Group:
         enough = len(self._staying()) + len(newcomers) >= ledger.min_world_size
         if newcomers and enough:
             self._admit(newcomers, call)
+        elif ledger.leaving and self._gaps():
+            self._begin_links([], call, self._gaps())
         elif ledger.leaving:
-            self._end_update(call, [], over=enough)
+            self._end_update(call, [])
         elif enough:
             ledger.commit(call)
         else:
@@ -254,10 +256,11 @@ class Group:
             if root is None or root.phase is Phase.RUN:
                 self._resume(ledger)
             return
-        self._relink = {link for link in self._relink if link.low in ledger.members and link.high in ledger.members}
-        if self._relink:
-            pairs, self._relink = self._relink, set()
-            self._begin_links([], None, [(link.high, link.low) for link in sorted(pairs)])
+        again = {(link.high, link.low) for link in self._relink if link.low in ledger.members and link.high in ledger.members}
+        self._relink.clear()
+        dials = sorted(again.union(self._gaps()))
+        if dials:
+            self._begin_links([], None, dials)
         else:
             self._resume(ledger)
 
@@ -398,11 +401,16 @@ class Group:
             self.peers[peer.uid] = peer
         present = self._staying()
         fresh = sorted(p.uid for p in newcomers)
-        self._begin_links(newcomers, call, [(a, b) for a in fresh for b in (*present, *fresh) if b in present or b < a])
+        dials = [(a, b) for a in fresh for b in (*present, *fresh) if b in present or b < a]
+        self._begin_links(newcomers, call, [*dials, *self._gaps()])
 
     def _staying(self) -> list[int]:
         root = self.root
         return [u for u in root.members if u not in root.leaving] if root else []
+
+    def _gaps(self) -> list[Dial]:
+        """Links to make again when those through whom members reached each other are gone."""
+        return [(link.high, link.low) for link in gaps(self._staying(), self.broken)]
 
     def _begin_links(self, newcomers: list[Peer], call: Call | None, dials: list[Dial]) -> None:
         self._admissions += 1
@@ -434,7 +442,7 @@ class Group:
         """Go on with the links that there are."""
         admission = self._admission
         assert admission
-        broken = self.broken | admission.broken
+        broken = admission.broken(self.broken)
         uids = [*self._staying(), *(p.uid for p in admission.newcomers)]
         out = outcasts(uids, broken)
         if out:
@@ -468,10 +476,11 @@ class Group:
         self.ledgers[ROOT] = root = Ledger(self, ROOT, Epoch(self._term, self.rid, 0), (), min_world_size=least)
         self._install(root, joined=tuple(p.member for p in newcomers))
 
-    def _end_update(self, call: Call, newcomers: list[Peer], *, over: bool = True) -> None:
+    def _end_update(self, call: Call, newcomers: list[Peer]) -> None:
         """A new epoch at an update: newcomers are in, leavers are out. The update is over, or goes on since the group is too small."""
         root = self.root
         assert root
+        over = len(self._staying()) + len(newcomers) >= root.min_world_size
         for member in root.dismiss():
             for ledger in [x for x in self.ledgers.values() if x is not root]:
                 ledger.drop(member.uid, left=True, detail=f"{member.name} left")
@@ -598,4 +607,4 @@ class Group:
             ledger.resurrect(c.reports, lost=c.lost, left=c.left, synced=c.newest.synced)
             self.ledgers[c.comm] = ledger
         logger.warning("group %r: taken over with %d members, %d lost", self.name, len(comms[0].survivors), len(comms[0].lost))
-        self._resume(self.ledgers[ROOT])
+        self.stopped(self.ledgers[ROOT])

@@ -1,4 +1,4 @@
-"""Who has to go when members cannot reach each other."""
+"""Whether members can reach each other, what would mend it, and who has to go if nothing does."""
 
 from __future__ import annotations
 
@@ -14,20 +14,26 @@ def outcasts(uids: Iterable[int], broken: Collection[Link]) -> set[int]:
     left = sorted(uids)
     out: set[int] = set()
     while left:
-        sizes = _component_sizes(left, broken)
-        if sizes[left[0]] == len(left):
+        reach = _reach(left, broken)
+        if len(reach[left[0]]) == len(left):
             break
-        worst = min(left, key=lambda u: (sizes[u], -u))
+        worst = min(left, key=lambda u: (len(reach[u]), -u))
         left.remove(worst)
         out.add(worst)
     return out
 
 
-def _component_sizes(uids: list[int], broken: Collection[Link]) -> dict[int, int]:
-    """How many members each member can reach, itself included, directly or through others."""
-    sizes: dict[int, int] = {}
+def gaps(uids: Collection[int], broken: Collection[Link]) -> list[Link]:
+    """The broken links of which any would connect members that cannot reach each other, not even through others."""
+    reach = _reach(sorted(uids), broken)
+    return sorted(link for link in broken if link.low in reach and link.high in reach and link.high not in reach[link.low])
+
+
+def _reach(uids: list[int], broken: Collection[Link]) -> dict[int, set[int]]:
+    """Whom each member can reach, itself included, directly or through others."""
+    reach: dict[int, set[int]] = {}
     for start in uids:
-        if start in sizes:
+        if start in reach:
             continue
         seen, frontier = {start}, [start]
         while frontier:
@@ -35,5 +41,5 @@ def _component_sizes(uids: list[int], broken: Collection[Link]) -> dict[int, int
             near = [v for v in uids if v not in seen and Link(min(u, v), max(u, v)) not in broken]
             seen.update(near)
             frontier += near
-        sizes.update(dict.fromkeys(seen, len(seen)))
-    return sizes
+        reach.update(dict.fromkeys(seen, seen))
+    return reach

@@ -10,7 +10,7 @@ from pccl.core.options import Options
 from pccl.core.types import CallId, Epoch
 from pccl.protocol.admission import Admission
 from pccl.protocol.peer import ROOT, Standpoint
-from pccl.protocol.reach import outcasts
+from pccl.protocol.reach import gaps, outcasts
 from pccl.protocol.record import State
 from tests.protocol.cluster import Call, Cluster, Node
 
@@ -295,6 +295,46 @@ def test_a_complaint_has_the_link_made_again_and_the_call_ends() -> None:
     assert committed(*calls) == [True] * 3
     assert {x.record.number for x in calls} == {2}
     assert names(c["A"]) == "ABC"
+
+
+@pytest.mark.parametrize("heals", [True, False], ids=["link heals", "link stays broken"])
+@pytest.mark.parametrize("goes", ["dies", "dies with the master", "leaves", "leaves, a newcomer waits"])
+def test_when_the_one_between_two_others_goes_their_link_is_made_again(goes: str, heals: bool) -> None:
+    c = Cluster("AB")
+    c.add("J")
+    c.run()
+    c.unreachable = {(2, 0), (0, 2)}
+    for name in "AB":
+        c[name].update()
+    c.run()
+    assert list(c["J"].peer.root.broken) == [(0, 2)]
+    if goes.endswith("waits"):
+        c.add("K")
+        c.unreachable |= {(3, 2), (2, 3)}
+    if heals:
+        c.unreachable.clear()
+    if goes.startswith("dies"):
+        c["B"].die()
+        if goes == "dies":
+            c.notice(c["B"])
+        else:
+            c.restart()
+            c.run()
+            pass_time(c, 4)
+    else:
+        for name in "ABJ":
+            c[name].update()  # the first after an admission returns at once
+        c["B"].leave()
+        updates = [c[name].update() for name in "AJ"]
+        c.run()
+        assert committed(*updates) == [True, heals]
+    c.run()
+    assert names(c["A"]) == "A" + "J" * heals + "K" * (heals and goes.endswith("waits"))
+    assert not c["A"].peer.root.broken
+    assert c["J"].ended == (None if heals else "it can reach too few members of the group")
+    calls = [c[name].call(Call(retry=True)) for name in names(c["A"])]
+    c.run()
+    assert all(committed(*calls))
 
 
 def test_one_that_reaches_nobody_any_more_has_to_go() -> None:
@@ -666,13 +706,22 @@ def test_a_links_round_ends_when_each_dialler_has_spoken_once() -> None:
     assert made.dials == [(0, 2)]
     assert made.ready(0, (2,))
     assert not made.turn(1.0)
-    assert made.broken == {(0, 2)}
+    assert made.broken({Link(1, 3), Link(0, 1)}) == {(0, 2), (1, 3)}  # 0 and 1 have their link again
 
 
 def test_of_two_that_cannot_reach_each_other_the_younger_goes() -> None:
     assert outcasts([3, 5], {Link(3, 5)}) == {5}
     assert outcasts([0, 1, 2], {Link(0, 1)}) == set()  # they reach each other through 2
     assert outcasts([0, 1, 2, 3], {Link(0, 2), Link(0, 3), Link(1, 2), Link(1, 3)}) == {2, 3}
+
+
+def test_links_to_make_again_are_those_between_members_that_cannot_reach_each_other() -> None:
+    broken = {Link(0, 2), Link(1, 3), Link(4, 5)}
+    assert gaps([0, 1, 2, 3], broken) == []
+    assert gaps([0, 2], broken) == [(0, 2)]
+    assert gaps([0, 2, 4, 5], broken) == []
+    assert gaps([4, 5], broken) == [(4, 5)]
+    assert gaps([0, 1, 3], {Link(0, 1), Link(0, 3)}) == [(0, 1), (0, 3)]
 
 
 @pytest.mark.parametrize(
