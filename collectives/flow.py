@@ -364,6 +364,7 @@ class Flow:
         stream = self._stream(transfer, header)
         if stream is not None:
             stream.place()[:] = data
+            self._host.moved(header.length)
             stream.arrived()
 
     def link_lost(self, link: Link, error: Exception) -> None:
