@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import pccl
 from pccl import sync
 from pccl.communicator import Communicator
-from tests.sim.loop import VirtualLoop
+from tests.sim.loop import Node, VirtualLoop, bury
 from tests.sim.world import World
 
 T = TypeVar("T")
@@ -172,19 +172,7 @@ def simulate(main: Callable[[World], Coroutine[Any, Any, T]], *, seed: int = 0, 
         assert not loop.errors, loop.errors
         return result
     finally:
-        for node in the_world.nodes.values():
-            node.dead = node.paused = False
-            node.parked.clear()
-        for _ in range(20):
-            tasks = asyncio.all_tasks(loop)
-            if not tasks:
-                break
-            for task in tasks:
-                task.cancel()
-            loop.now += 100.0
-            loop.run_until_complete(asyncio.wait(tasks, timeout=50.0))
-        asyncio.set_event_loop(None)
-        loop.close()
+        bury(loop, the_world.nodes.values())
         if collects:
             gc.enable()
 
@@ -205,7 +193,5 @@ async def simulated_members(world: World, names: Iterable[str], **options: objec
 
 def on_node(world: World, name: str, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
     """A task of this node: it stops when the node is frozen, and never goes on once it is dead."""
-    from tests.sim.loop import Node
-
     node = world.nodes.setdefault(name, Node(name))
     return world.loop.create_task(coroutine, context=node.context.copy())

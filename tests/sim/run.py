@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass, field
 
 from pccl.core.errors import ConnectError, PcclError
-from tests.sim.loop import VirtualLoop
+from tests.sim.loop import VirtualLoop, bury
 from tests.sim.program import Book, Plan, Trainer, Violation
 from tests.sim.world import MASTER, Weather, World
 
@@ -210,30 +210,11 @@ def run(seed: int) -> Result:
         faults = "; ".join(sim.result.faults) if sim else ""
         raise Violation(f"seed {seed}: {e}\nfaults: {faults}\nreplay: python -m tests.sim.run {seed}") from e
     finally:
-        _bury(loop, sim)
-        asyncio.set_event_loop(None)
-        loop.close()
+        if sim:
+            sim.result.book.closed = True
+        bury(loop, sim.world.nodes.values() if sim else ())
         if garbage:
             gc.enable()
-
-
-def _bury(loop: VirtualLoop, sim: Run | None) -> None:
-    """End what is left, quietly: tasks of dead nodes, and everyone's after a violation."""
-    if sim:
-        sim.result.book.closed = True
-        for task in asyncio.all_tasks(loop):
-            task.cancel()
-        for node in sim.world.nodes.values():
-            node.dead = False
-            loop.thaw(node)
-    for _ in range(20):
-        tasks = [t for t in asyncio.all_tasks(loop) if not t.done()]
-        if not tasks:
-            break
-        for task in tasks:
-            task.cancel()
-        loop.now += 100.0
-        loop.run_until_complete(asyncio.wait(tasks, timeout=50.0))
 
 
 if __name__ == "__main__":
