@@ -10,7 +10,6 @@ import atexit
 import concurrent.futures
 import contextlib
 import logging
-import os
 import threading
 import time
 import weakref
@@ -110,7 +109,6 @@ class ThreadRuntime:
     def __init__(self, make: Callable[[], Engine]) -> None:
         self._make = make
         self._loop = new_loop()
-        self._pid = os.getpid()
         self._forked = False
         self._closed = False
         self._ending = False

@@ -297,11 +297,11 @@ async def test_worker_ends_with_its_driver(how: str) -> None:
         with pytest.raises(asyncio.CancelledError):
             await attending
     else:
-        assert worker._process.stdin
-        worker._process.stdin.close()
+        assert worker.child._process.stdin
+        worker.child._process.stdin.close()
         with pytest.raises(WorkerFailed, match="exit code 1"):
             await attending
-    assert_all_gone([worker.pid])
+    assert_all_gone([worker.child.pid])
 
 
 @pytest.mark.process

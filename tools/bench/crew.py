@@ -5,19 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import signal
-import sys
-from collections import deque
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
-Message = dict[str, Any]
+from pccl.tools.child import Child, Message
 
-ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), "1")
-"""Workers share a few cores: libraries that start a thread per core would only get in each other's way."""
-LINE = 1 << 24
-"""Longest message: the times of a batch."""
 ENDING = 20.0
 """Seconds that workers may take to end in good order."""
 
@@ -33,24 +26,12 @@ class Worker:
         number: counts the workers of a crew, from 0; none is given twice.
     """
 
-    def __init__(self, number: int, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, number: int, child: Child) -> None:
         self.number = number
-        self.pid = process.pid
-        self._process = process
+        self.pid = child.pid
+        self._child = child
         self._said: asyncio.Queue[Message] = asyncio.Queue()
-        self._last_words: deque[str] = deque(maxlen=20)
         self._may_end = False
-
-    @classmethod
-    async def start(cls, number: int) -> Worker:
-        """Start one; `attend` has to run from then on."""
-        pipe = asyncio.subprocess.PIPE
-        command = [sys.executable, "-m", "pccl.tools.bench.worker"]
-        env = os.environ | ONE_THREAD
-        process = await asyncio.create_subprocess_exec(
-            *command, stdin=pipe, stdout=pipe, stderr=pipe, env=env, limit=LINE, start_new_session=True
-        )
-        return cls(number, process)
 
     async def attend(self) -> None:
         """Listen until the process ends; if this is cancelled, kill it.
@@ -58,20 +39,13 @@ class Worker:
         Raises:
             BenchFailed: it ended, and should not have.
         """
-        try:
-            await asyncio.gather(self._listen(), self._collect())
-            code = await self._process.wait()
-        finally:
-            if self._process.returncode is None:
-                self._process.kill()
-                await self._process.communicate()  # closes its pipes, too
-        if not self._may_end:
-            raise BenchFailed("\n".join([f"worker {self.number} ended with exit code {code}; the end of its log:", *self._last_words]))
+        code = await self._child.attend(self._said.put_nowait)
+        if not (self._may_end or self._child.killed):
+            raise BenchFailed(f"worker {self.number} ended with exit code {code}; the end of its log:\n{self._child.last_words()}")
 
     def tell(self, order: str, **details: Any) -> None:
         """Give an order."""
-        assert self._process.stdin
-        self._process.stdin.write(json.dumps({"order": order, **details}).encode() + b"\n")
+        self._child.say(json.dumps({"order": order, **details}))
 
     async def hear(self) -> Message:
         """Wait for the next thing that the worker says."""
@@ -89,23 +63,11 @@ class Worker:
 
     def kill(self) -> None:
         """SIGKILL."""
-        self._may_end = True
-        self._process.kill()
+        self._child.kill()
 
     def stop(self) -> None:
         """SIGSTOP."""
-        self._process.send_signal(signal.SIGSTOP)
-
-    async def _listen(self) -> None:
-        assert self._process.stdout
-        async for line in self._process.stdout:
-            if line.endswith(b"\n"):  # else it was killed in the middle of a word
-                self._said.put_nowait(json.loads(line))
-
-    async def _collect(self) -> None:
-        assert self._process.stderr
-        async for line in self._process.stderr:
-            self._last_words.append(line.decode(errors="replace").rstrip())
+        self._child.signal(signal.SIGSTOP)
 
 
 class Crew:
@@ -120,7 +82,7 @@ class Crew:
     async def add(self) -> Worker:
         """Start one more."""
         self._started += 1
-        worker = await Worker.start(self._started - 1)
+        worker = Worker(self._started - 1, await Child.start("bench.worker"))
         self._attending.append(self._tasks.create_task(worker.attend()))
         self.workers.append(worker)
         return worker

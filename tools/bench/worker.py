@@ -1,17 +1,12 @@
 """A process of a benchmark: ``python -m pccl.tools.bench.worker``.
 
-It reads orders from stdin, one JSON object per line, and writes what comes of each to stdout. It ends with whoever started it: when stdin
-does, or, where the system can do that, with the process.
+Its parent gives it orders, one JSON object per line, and hears what comes of each.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
 import queue
-import signal
-import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,8 +16,8 @@ import numpy.typing as npt
 
 import pccl
 from pccl.tools.bench.systems import Buffers, Gloo, Pccl, System
+from pccl.tools.parent import Parent
 
-PR_SET_PDEATHSIG = 1
 PAUSE = 0.001
 """Seconds between two updates of a member that is waiting for a change."""
 CALL_TIMEOUT = 120.0
@@ -224,38 +219,15 @@ def _forget_peak() -> int:
     return _status("VmRSS")
 
 
-def _listen(orders: queue.SimpleQueue[bytes]) -> None:
-    rest = b""
-    while data := os.read(0, 1 << 16):  # not sys.stdin: Python cannot shut down while a thread reads that
-        *lines, rest = (rest + data).split(b"\n")
-        for line in lines:
-            orders.put(line)
-    os._exit(1)
-
-
 def main() -> None:
     """Obey until told to finish."""
-    parent = os.getppid()
-    try:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # reaches those that are stopped, too
-    except (OSError, AttributeError):
-        pass  # not Linux: the end of stdin has to do
-    if os.getppid() != parent:
-        os._exit(1)
-    voice = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries may print what they like
-
-    def say(event: str, **facts: Any) -> None:
-        voice.write(json.dumps({"event": event, **facts}) + "\n")
-        voice.flush()
-
-    orders: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(orders,), name="orders", daemon=True).start()
-    desk, order = Orders(say), ""
+    orders: queue.SimpleQueue[str] = queue.SimpleQueue()
+    parent = Parent(orders.put)
+    desk, order = Orders(parent.tell), ""
     while order != "finish":
         details = json.loads(orders.get())
         order = details.pop("order")
-        say("done", result=getattr(desk, order)(**details))
+        parent.tell("done", result=getattr(desk, order)(**details))
 
 
 if __name__ == "__main__":

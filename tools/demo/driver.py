@@ -8,8 +8,9 @@ import time
 from dataclasses import dataclass
 
 import pccl
+from pccl.tools.child import Message
 from pccl.tools.demo.history import History
-from pccl.tools.demo.worker_process import Message, WorkerProcess
+from pccl.tools.demo.worker_process import WorkerProcess
 
 BATCH = 250
 
@@ -84,7 +85,7 @@ class Driver:
         await witness.hears("paused")
         await victim.hears("inside")
         history.killed(victim.name, plan.kill_step, time.monotonic())
-        victim.kill()
+        victim.child.kill()
         witness.go_on()
 
         newcomer = await self._start(f"peer-{plan.peers}", address, tasks, [])
@@ -102,7 +103,7 @@ class Driver:
             arguments += ["--pause", *map(str, pauses)]
         worker = await WorkerProcess.start(name, arguments, self._heard)
         tasks.create_task(worker.attend())
-        self._history.started(name, worker.pid)
+        self._history.started(name, worker.child.pid)
         return worker
 
     def _heard(self, name: str, message: Message) -> None:

@@ -1,27 +1,22 @@
 """A peer of the demo: ``python -m pccl.tools.demo.worker ADDRESS NAME ...``, started by the driver.
 
-`train` is an ordinary training loop; the rest lets a driver watch it, and strike at a moment of its choice. The worker writes one JSON
-object per line to stdout, and reads words from stdin, each of which lets it go on. It ends with its driver: when stdin does.
+`train` is an ordinary training loop; the rest lets a driver watch it, and strike at a moment of its choice. Each word of the driver lets
+the worker go on.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import os
 import queue
-import sys
-import threading
 import time
-from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
 import pccl
 from pccl.tools.demo.data import Digits, load
 from pccl.tools.demo.model import Classifier
+from pccl.tools.parent import Parent
 
 
 def train(comm: pccl.sync.Communicator, model: Classifier, digits: Digits, driver: Driver, options: argparse.Namespace) -> None:
@@ -70,12 +65,7 @@ class Driver:
         self._strike = strike
         self._pause = set(pause)
         self._words: queue.SimpleQueue[str] = queue.SimpleQueue()
-        threading.Thread(target=self._listen, name="driver", daemon=True).start()
-
-    def tell(self, event: str, **facts: Any) -> None:
-        """Write a line."""
-        sys.stdout.write(json.dumps({"event": event, **facts}) + "\n")
-        sys.stdout.flush()
+        self.tell = Parent(self._words.put).tell
 
     def wait(self) -> None:
         """Wait for a word."""
@@ -94,19 +84,6 @@ class Driver:
         if step == self._strike and step not in self._pause:
             comm.barrier(tag="strike")
             self.tell("inside", step=step)
-
-    def _listen(self) -> None:
-        for word in _words(0):
-            self._words.put(word)
-        os._exit(1)  # the driver is gone, and with it the master
-
-
-def _words(fd: int) -> Iterator[str]:
-    """Lines of a descriptor, until it ends. Not of `sys.stdin`: Python cannot shut down while a thread reads that."""
-    rest = b""
-    while data := os.read(fd, 4096):
-        *lines, rest = (rest + data).split(b"\n")
-        yield from (line.decode() for line in lines)
 
 
 def main() -> None:

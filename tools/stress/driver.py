@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pccl.core.options import Options
-from pccl.tools.stress.child import Child, Message
+from pccl.tools.child import Child, Message
 from pccl.tools.stress.history import History, Peer
 from pccl.tools.stress.judge import Judge
 from pccl.tools.stress.page import NEWCOMERS, Page, Phase
@@ -90,9 +90,9 @@ class Driver:
         await self._until(lambda: self._together(steps, SETTLED), FORMING, "the workers did not come together after the last event")
         self._over = True
         for child in self._children.values():
-            child.finish()
+            child.say("finish")
         await self._until(lambda: not any(c.alive for c in self._children.values()), FINISHING, "not every worker ended")
-        self._master.finish()
+        self._master.say("finish")
         await self._until(lambda: not self._master.alive, FINISHING, "the master did not end")
         watching.cancel()
 
@@ -101,7 +101,7 @@ class Driver:
     async def _start_master(self, *arguments: str) -> None:
         self._serving.clear()
         self._history.master_samples.append([])
-        self._master = await Child.start("master_process", [*arguments], self._folder / "master.log")
+        self._master = await Child.start("stress.master_process", *arguments, log=self._folder / "master.log")
         self._tasks.create_task(self._attend_master(self._master))
         await self._serving.wait()
 
@@ -122,7 +122,7 @@ class Driver:
         self._pages[ordinal] = Page(path, create=True)
         plant = self._config.plant if ordinal == 0 else ""
         arguments = [self._address, str(ordinal), str(path), f"--seed={self._config.seed}", f"--plant={plant}"]
-        child = self._children[ordinal] = await Child.start("worker", arguments, self._folder / f"w{ordinal}.log")
+        child = self._children[ordinal] = await Child.start("stress.worker", *arguments, log=self._folder / f"w{ordinal}.log")
         self._history.started(ordinal, child.pid, time.monotonic())
         self._tasks.create_task(self._attend(ordinal, child))
 
@@ -159,7 +159,8 @@ class Driver:
 
     async def _kill(self, event: Event, peer: Peer, child: Child) -> None:
         began, recovers = time.monotonic(), peer.uid if peer.state == "member" else None
-        await child.kill()
+        child.kill()
+        await child.wait()
         peer.state, peer.stopped = "killed", False
         self._history.hit(event, began, self._pages[event.target].phases(), recovers=recovers)
 
@@ -178,7 +179,8 @@ class Driver:
         if self._history.master_away:
             return  # the one before is not back yet
         began, self._history.master_away = time.monotonic(), True
-        await self._master.kill()
+        self._master.kill()
+        await self._master.wait()
         self._history.hit(event, began, set())
         await asyncio.sleep(event.seconds)
         await self._start_master(self._address, "--recover")

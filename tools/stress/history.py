@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from pccl.tools.stress.child import Message
+from pccl.tools.child import Message
 from pccl.tools.stress.page import Phase
 from pccl.tools.stress.plan import Event
 

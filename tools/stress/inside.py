@@ -1,52 +1,30 @@
-"""What the processes of a run have in common: they tell their driver things, hear from it, never outlive it, and know what they hold."""
+"""What the processes of a run have in common: a log, a driver, and knowledge of what they hold."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import faulthandler
-import json
 import logging
 import os
 import signal
 import sys
-import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
 import pccl
+from pccl.tools.parent import Parent
 
-PR_SET_PDEATHSIG = 1
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
-def begin(on_word: Callable[[], object]) -> None:
-    """Log to stderr, call this for every word of the driver, in a thread, and end with the driver."""
-    parent = os.getppid()
-    try:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # reaches those that are stopped, too
-    except (OSError, AttributeError):
-        pass  # not Linux: the end of stdin has to do
-    if os.getppid() != parent:
-        os._exit(1)
+def begin(on_word: Callable[[], object]) -> Parent:
+    """Log to stderr, and call this for every word of the driver, in a thread."""
+    parent = Parent(lambda word: on_word())
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR2)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s.%(msecs)03d %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    threading.Thread(target=_listen, args=(on_word,), name="driver", daemon=True).start()
-
-
-def _listen(on_word: Callable[[], object]) -> None:
-    while os.read(0, 4096):  # not sys.stdin: Python cannot shut down while a thread reads that
-        on_word()
-    os._exit(1)
-
-
-def tell(event: str, **facts: Any) -> None:
-    """Say something to the driver: one JSON object per line of stdout."""
-    sys.stdout.write(json.dumps({"event": event, "at": time.monotonic(), **facts}) + "\n")
-    sys.stdout.flush()
+    return parent
 
 
 def usage(comm: pccl.Communicator | None) -> dict[str, int]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from pccl.tools.stress.child import Message
+from pccl.tools.child import Message
 from pccl.tools.stress.history import History, Peer
 from pccl.tools.stress.plan import Config
 

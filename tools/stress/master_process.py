@@ -9,18 +9,18 @@ import argparse
 import asyncio
 
 import pccl
-from pccl.tools.stress.inside import begin, explain_on_signal, tell, usage
+from pccl.tools.stress.inside import begin, explain_on_signal, usage
 
 
 async def serve(listen: str, *, recover: bool) -> None:
     """Serve until the driver's first word."""
     loop, finished = asyncio.get_running_loop(), asyncio.Event()
-    begin(lambda: loop.call_soon_threadsafe(finished.set))
+    driver = begin(lambda: loop.call_soon_threadsafe(finished.set))
     async with pccl.Master(listen, recover=recover) as master:
         explain_on_signal(lambda: master)
-        tell("serving", address=master.address)
+        driver.tell("serving", address=master.address)
         while not finished.is_set():
-            tell("usage", usage=usage(None))
+            driver.tell("usage", usage=usage(None))
             try:
                 async with asyncio.timeout(1.0):
                     await finished.wait()

@@ -18,7 +18,7 @@ import xxhash
 
 import pccl
 from pccl.tools.stress.calls import Made, make_all
-from pccl.tools.stress.inside import begin, explain_on_signal, tell, usage
+from pccl.tools.stress.inside import begin, explain_on_signal, usage
 from pccl.tools.stress.page import Page, Phase, watch_engines
 from pccl.tools.stress.program import Oracle, draw_calls
 
@@ -82,7 +82,7 @@ class Worker:
         self._steps = 0
         self._leaked: list[int] = []
         watch_engines(page)
-        begin(self._finishing.set)
+        self._tell = begin(self._finishing.set).tell
 
     async def live(self) -> None:
         """Connect and train, until told to finish."""
@@ -91,7 +91,7 @@ class Worker:
         while not self._finishing.is_set():
             await self._connect_and_train()
         after = usage(None)
-        tell("finished", sockets_before=before["sockets"], sockets=after["sockets"])
+        self._tell("finished", sockets_before=before["sockets"], sockets=after["sockets"])
 
     async def _connect_and_train(self) -> None:
         self._page.enter(Phase.JOINING)
@@ -99,17 +99,17 @@ class Worker:
         try:
             comm = await pccl.connect(self._address, name=f"w{self._ordinal}.{self._connection}", timeout=CALL_TIMEOUT)
         except pccl.ConnectError as e:
-            tell("refused", error=str(e))
+            self._tell("refused", error=str(e))
             return
         self._page.enter(Phase.IDLE)
         self._comm = comm
-        tell("joined", uid=comm.view.members[comm.rank].uid, epoch=str(comm.view.epoch), world=comm.world_size)
+        self._tell("joined", uid=comm.view.members[comm.rank].uid, epoch=str(comm.view.epoch), world=comm.world_size)
         try:
             await self._train(comm)
             self._page.enter(Phase.LEAVING)
             await comm.leave()
         except (pccl.Evicted, pccl.StateConflict) as e:
-            tell("evicted", error=str(e))
+            self._tell("evicted", error=str(e))
         finally:
             await comm.close()
 
@@ -126,7 +126,7 @@ class Worker:
                 info = await comm.sync_state(state, revision=step, declare=declare)
             except pccl.StateConflict as e:
                 # Everyone who had the state is gone. If it is this peer that has to go, the next update says so.
-                tell("conflict", error=str(e))
+                self._tell("conflict", error=str(e))
                 declare = not state
                 continue
             state, step, declare = info.state, info.revision, False
@@ -149,7 +149,7 @@ class Worker:
         identity = np.array([self._ordinal * CONNECTIONS + self._connection])
         everyone = await comm.all_gather(identity, retry=True)
         state.update(founded(int(everyone.out.min())))
-        tell("founded", lineage=state["lineage"])
+        self._tell("founded", lineage=state["lineage"])
 
     # --- checks and reports -----------------------------------------------------------------------------------------
 
@@ -158,14 +158,14 @@ class Worker:
         for each in made:
             each.check()
             for problem in each.problems:
-                tell("violation", what=problem)
+                self._tell("violation", what=problem)
         for each in made:
             if each.outcome == "E":
                 assert each.error
                 raise each.error
 
     def _report(self, comm: pccl.Communicator, state: State, step: int, made: list[Made], fingerprint: str, fetched: int) -> None:
-        tell(
+        self._tell(
             "step",
             lineage=state["lineage"],
             step=step,
