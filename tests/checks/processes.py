@@ -145,6 +145,22 @@ async def processes(address: str, world: int, *, blocking: bool = False, **setti
         yield peers
 
 
+@asynccontextmanager
+async def master_process(*options: str, stderr: int | None = None) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
+    """`pccl master`, and the address that it prints; at a free port of 127.0.0.1 unless an option says otherwise."""
+    command = [sys.executable, "-m", "pccl.tools", "master", "--listen", "127.0.0.1:0", *options]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, stderr=stderr, cwd=ROOT, env=env)
+    try:
+        assert process.stdout
+        line = (await process.stdout.readline()).decode()
+        yield process, line.removeprefix("export PCCL_MASTER=").strip().strip("'")
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
 # --- jobs that many tests use -----------------------------------------------------------------------------------------
 
 

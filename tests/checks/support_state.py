@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
-import signal
-import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -17,7 +13,6 @@ import pytest
 from pccl.communicator import Communicator
 from pccl.core.types import StateInfo
 from pccl.transports.tcp import TcpWire
-from tests.checks.processes import ROOT
 from tests.checks.support import each, join, outcomes
 
 MIB = 1 << 20
@@ -85,19 +80,3 @@ async def sync(comms: Sequence[Communicator], states: Sequence[State], revision:
 async def try_sync(comms: Sequence[Communicator], states: Sequence[State], each_how: Sequence[dict[str, Any]]) -> list[Any]:
     """All of them sync, each with keywords of its own; what each gets."""
     return await outcomes(c.sync_state(s, **how) for c, s, how in zip(comms, states, each_how, strict=True))
-
-
-@asynccontextmanager
-async def master_process(listen: str = "127.0.0.1:0", *options: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
-    """`pccl master`, and the address that it prints."""
-    command = [sys.executable, "-m", "pccl.tools", "master", "--listen", listen, *options]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, cwd=ROOT, env=env)
-    try:
-        assert process.stdout
-        line = (await process.stdout.readline()).decode()
-        yield process, line.removeprefix("export PCCL_MASTER=").strip().strip("'")
-    finally:
-        if process.returncode is None:
-            process.send_signal(signal.SIGKILL)
-        await process.communicate()

@@ -17,9 +17,9 @@ from pccl.communicator import Communicator
 from pccl.core.types import Info
 from pccl.protocol.peer import Standpoint
 from pccl.runtime import ThreadRuntime, _runtimes
-from tests.checks.processes import processes
+from tests.checks.processes import master_process, processes
 from tests.checks.support import QUICK, each, join, members, outcomes, until
-from tests.checks.support_state import MIB, State, bits, master_process, sync, tensor
+from tests.checks.support_state import MIB, State, bits, sync, tensor
 
 pytestmark = pytest.mark.process
 
@@ -34,7 +34,7 @@ class Life:
         self._exit: Any = None
 
     async def start(self) -> None:
-        self._exit = master_process(self.address, *TIMES)
+        self._exit = master_process("--listen", self.address, *TIMES)
         self.process, self.address = await self._exit.__aenter__()
 
     async def kill(self) -> None:

@@ -6,9 +6,6 @@ import asyncio
 import re
 import signal
 import socket
-import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +14,7 @@ import pytest
 import pccl
 from pccl.tools.cli import UNREACHABLE, USAGE
 from pccl.tools.master import invitation
+from tests.checks.processes import master_process
 from tests.tools.test_cli import run
 
 pytestmark = pytest.mark.process
@@ -24,24 +22,9 @@ pytestmark = pytest.mark.process
 QUICK = ("--heartbeat-interval", "0.1", "--heartbeat-timeout", "0.5")
 
 
-@asynccontextmanager
-async def master(*options: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
-    """A master as a process, and the address that it prints."""
-    command = [sys.executable, "-m", "pccl.tools", "master", "--listen", "127.0.0.1:0", *options]
-    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE)
-    try:
-        assert process.stdout
-        line = (await process.stdout.readline()).decode()
-        yield process, line.removeprefix("export PCCL_MASTER=").strip().strip("'")
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.communicate()
-
-
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 async def test_serves_until_a_signal(number: signal.Signals, code: int) -> None:
-    async with master(*QUICK) as (process, address):
+    async with master_process(*QUICK, stderr=asyncio.subprocess.PIPE) as (process, address):
         async with pccl.connect(address) as comm:
             assert comm.world_size == 1
         process.send_signal(number)
@@ -56,7 +39,7 @@ async def test_key_and_list(tmp_path: Path) -> None:
     assert run("keys", "new", key) == run("keys", "new", peer) == 0
     public = pccl_public(peer)
     assert run("keys", "allow", allowed, public) == 0
-    async with master("--key", key, "--allow", allowed, *QUICK) as (_, address):
+    async with master_process("--key", key, "--allow", allowed, *QUICK) as (_, address):
         assert pccl_public(key) in address
         async with pccl.connect(address, key=peer) as comm:
             assert comm.world_size == 1
@@ -100,12 +83,12 @@ def test_port_in_use(capsys: pytest.CaptureFixture[str]) -> None:
     [("example.org", r"example\.org:[1-9]\d*"), ("example.org:99", r"example\.org:99"), ("2001:db8::5", r"\[2001:db8::5\]:[1-9]\d*")],
 )
 async def test_advertised_address(advertise: str, told: str) -> None:
-    async with master("--advertise", advertise) as (_, address):
+    async with master_process("--advertise", advertise) as (_, address):
         assert re.fullmatch(told, address)
 
 
 async def test_ipv6() -> None:
-    async with master("--listen", "[::1]:0", *QUICK) as (_, address):
+    async with master_process("--listen", "[::1]:0", *QUICK) as (_, address):
         assert address.startswith("[::1]:")
         async with pccl.connect(address) as comm:
             assert comm.world_size == 1
@@ -113,11 +96,11 @@ async def test_ipv6() -> None:
 
 async def test_comes_back_at_the_same_address() -> None:
     """Peers that run meanwhile notice nothing but a new term."""
-    async with master(*QUICK) as (first, address), pccl.connect(address) as comm:
+    async with master_process(*QUICK) as (first, address), pccl.connect(address) as comm:
         before = comm.view.epoch
         first.kill()
         await first.wait()
-        async with master("--listen", address, *QUICK) as (second, again):
+        async with master_process("--listen", address, *QUICK, stderr=asyncio.subprocess.PIPE) as (second, again):
             assert again == address
             while (info := await comm.all_reduce(np.ones(1), retry=True)).epoch == before:
                 pass
