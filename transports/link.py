@@ -39,15 +39,11 @@ class WireLink(Link):
     def open(self, handler: LinkHandler) -> None:
         """Begin to read and to send."""
         self._handler = handler
-        self._wire.notify_readable(self._readable)
+        self._wire.notify_readable(self.receive)
 
     def fileno(self) -> int:
         """The wire's."""
         return self._wire.fileno()
-
-    def receive(self) -> None:
-        """Read."""
-        self._readable()
 
     def wake(self) -> None:
         """There may be frames to send."""
@@ -98,7 +94,8 @@ class WireLink(Link):
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
-    def _readable(self) -> None:
+    def receive(self) -> None:
+        """Read what is there, or part of it."""
         reader, wire = self._reader, self._wire
         for _ in range(READS_AT_ONCE):
             if self._ending:
