@@ -95,7 +95,6 @@ class Membership:
         self._bits: dict[int, int] = {}
         """index -> what the verdict of that untagged call said of newcomers"""
         self._unannounced: deque[Record] = deque()
-        self._owed: list[Record] = []
         self._expired: list[Record] = []
         """Calls that their own member has ended, or wants to end"""
         self._update: Record | None = None
@@ -182,11 +181,12 @@ class Membership:
 
     def abandon(self) -> list[Record]:
         """This peer is out of its group: returns the calls whose callers have not been told how they ended."""
-        left = [r for r in (*self._open.values(), *self._owed, *self._queue) if not r.told]
+        owed = [r for r in self._expired if r.owes_finish]
+        left = [r for r in (*self._open.values(), *owed, *self._queue) if not r.told]
         for record in left:
             record.told = True
         self._open.clear()
-        self._owed.clear()
+        self._expired.clear()
         self._queue.clear()
         self.stopped = True
         return left
@@ -419,7 +419,6 @@ class Membership:
         self.host.send(Failed(self.comm, self.epoch, record.id, self._sign(op), op.description, reason, detail))
         if reason in (Reason.DEADLINE, Reason.MISMATCH):
             record.owes_finish = True
-            self._owed.append(record)
             self._settle(record, State.ABORTED)
             self._after(now)
         else:
@@ -452,7 +451,6 @@ class Membership:
 
     def _pay(self, record: Record, outcome: Outcome) -> None:
         record.owes_finish = False
-        self._owed.remove(record)
         self._tell(record, outcome)
 
     def _end(self, record: Record, state: State, outcome: Outcome, now: float) -> None:
@@ -524,10 +522,10 @@ class Membership:
             record = self._unannounced.popleft()
             if record.state is State.RUNNING and not record.announced and not self.stopped and record.op.sealed:
                 self._announce(record, b"")
-        for record in [r for r in self._owed if r.expired_at + self._grace <= now]:
+        for record in [r for r in self._expired if r.owes_finish and r.expired_at + self._grace <= now]:
             assert record.expired
             self._pay(record, Outcome(False, self.view, *record.expired, by=self.uid))
-        if any(r.expired and now >= r.expired_at + self._takeover_timeout for r in self._open.values()):
+        if any(r.state in OPEN and r.expired_at + self._takeover_timeout <= now for r in self._expired):
             self.host.give_up("no verdict")
 
     def update_ask(self) -> bytes:
