@@ -86,8 +86,7 @@ class Executor:
         """Run a transfer."""
         self._transfers[transfer.key] = transfer
         transfer.start()
-        if any(flow.has_lazy for flow in self.flows.values()):
-            self._host.flush_lazy_soon()
+        self._host.flush_lazy_soon()
         self.flush()
 
     def halt(self, transfer: Moving) -> None:

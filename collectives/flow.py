@@ -126,8 +126,8 @@ class Flow:
         self._capped: list[Outgoing] = []
         """Streams that wait for shares to come back"""
         self._control: deque[Header] = deque()
-        self._lazy: dict[CallKey, list[Header]] = {}
-        """Credits that can wait: the sender has all it needs, they only return its share"""
+        self._lazy: dict[CallKey, list[tuple[int, int, int]]] = {}
+        """Credits that can wait: the sender has all it needs, they only return its share. Most are overtaken by data: no headers yet."""
         self._shares: dict[CallKey, tuple[int, int]] = {}
         """Bytes outstanding without credit, with headers and without"""
         self._share_total = 0
@@ -150,12 +150,14 @@ class Flow:
 
     def grant(self, key: CallKey, channel: int, limit: int, signature: int, *, lazy: bool) -> None:
         """Tell the peer that bytes up to `limit` of a stream have a place here."""
-        header = Header(Kind.CREDIT, key.epoch, key.call, key.sub, channel, limit, 0, signature)
         if lazy:
-            self._lazy.setdefault(key, []).append(header)
+            self._lazy.setdefault(key, []).append((channel, limit, signature))
         else:
-            self._control.append(header)
+            self._credit(key, channel, limit, signature)
             self._host.needs_flush(self)
+
+    def _credit(self, key: CallKey, channel: int, limit: int, signature: int) -> None:
+        self._control.append(Header(Kind.CREDIT, key.epoch, key.call, key.sub, channel, limit, 0, signature))
 
     def say(self, header: Header) -> None:
         """Send a frame without payload."""
@@ -164,6 +166,8 @@ class Flow:
 
     def deliver_early(self, transfer: Moving) -> None:
         """Give a transfer that begins what came of its call before: grants for its streams, and frames."""
+        if not self._early and not self._credits:
+            return
         frames, credits = self._take_early(transfer.key)
         for header in credits:
             transfer.credited(self, header)
@@ -182,7 +186,7 @@ class Flow:
             self._take_early(key)
         for table in (self._credits, self._lazy):
             for key in [k for k in table if k.epoch == epoch and call in (None, k.call)]:
-                del table[key]
+                table.pop(key)
         self._unwanted = {u for u in self._unwanted if u[0] != epoch or call not in (None, u[1])}
 
     def is_unwanted(self, epoch: Epoch, call: int) -> bool:
@@ -204,15 +208,11 @@ class Flow:
     def flush_lazy(self) -> None:
         """Send the credits that could wait until now."""
         if self._lazy:
-            for headers in self._lazy.values():
-                self._control.extend(headers)
+            for key, credits in self._lazy.items():
+                for credit in credits:
+                    self._credit(key, *credit)
             self._lazy.clear()
             self._host.needs_flush(self)
-
-    @property
-    def has_lazy(self) -> bool:
-        """Whether `flush_lazy` has something to do."""
-        return bool(self._lazy)
 
     # --- the link ---------------------------------------------------------------------------------------------------
 

@@ -103,27 +103,33 @@ class Kernels:
         self._quietly(self._widen if out.itemsize == 4 else self._narrow, out, x)
 
     def _fold(self, op: ReduceOp, out: Array, parts: Sequence[Array], divide_by: int, canonical: bool) -> None:
-        kind = out.dtype.kind
-        operate = self._product if kind == "c" and op.name == "prod" else _UFUNC[op.name]
-        between = parts[1:-1]
-        if between and not self._sums.size:
-            self._sums = np.empty(CHUNK_BYTES, np.uint8)
         step = CHUNK_BYTES // out.itemsize
+        if 0 < out.size <= step:
+            self._fold_chunk(op, out, parts, divide_by, canonical)
+            return
         for low in range(0, out.size, step):
             here = slice(low, low + step)
-            into, total = out[here], parts[0][here]
-            for part in between:
-                # Not yet into out: that may be the memory of a part still to be read.
-                total = operate(total, part[here], out=self._sums[: into.nbytes].view(out.dtype))
-            if len(parts) > 1:
-                operate(total, parts[-1][here], out=into)
-            else:
-                np.copyto(into, total)
-            if kind in "fc":
-                reals = _reals(into)
-                _settle(op, reals, divide_by)
-                if canonical and has_nan(reals):
-                    reals[np.isnan(reals)] = np.nan
+            self._fold_chunk(op, out[here], [part[here] for part in parts], divide_by, canonical)
+
+    def _fold_chunk(self, op: ReduceOp, out: Array, parts: Sequence[Array], divide_by: int, canonical: bool) -> None:
+        kind = out.dtype.kind
+        operate = self._product if kind == "c" and op.name == "prod" else _UFUNC[op.name]
+        total, between = parts[0], parts[1:-1]
+        if between:
+            if not self._sums.size:
+                self._sums = np.empty(CHUNK_BYTES, np.uint8)
+            sums = self._sums[: out.nbytes].view(out.dtype)
+            for part in between:  # not yet into out: that may be the memory of a part still to be read
+                total = operate(total, part, out=sums)
+        if len(parts) > 1:
+            operate(total, parts[-1], out=out)
+        else:
+            np.copyto(out, total)
+        if kind in "fc":
+            reals = _reals(out)
+            _settle(op, reals, divide_by)
+            if canonical and has_nan(reals):
+                reals[np.isnan(reals)] = np.nan
 
     def _fold_halves(self, op: ReduceOp, out: Array, parts: Sequence[Array], divide_by: int) -> None:
         ufunc = _UFUNC[op.name]

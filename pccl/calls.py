@@ -11,18 +11,18 @@ import numpy as np
 import numpy.typing as npt
 
 from pccl.collectives.flow import CallKey, Moving
-from pccl.collectives.planner import WINDOW, Unreachable, plan
-from pccl.collectives.program import layout, program
+from pccl.collectives.planner import WINDOW
 from pccl.collectives.reduction import Kernels
-from pccl.collectives.schedules.meaning import has_input, has_output, segments
 from pccl.collectives.tensors import Memory, allocate_like, memory_of
 from pccl.collectives.transfer import Transfer, Undo
-from pccl.collectives.volley import MOST, Volley
+from pccl.collectives.volley import Volley
 from pccl.core.dtypes import ReduceOp, dtype_named
 from pccl.core.errors import CollectiveAborted, PcclError
+from pccl.core.messages import Link
 from pccl.core.types import Info, Pair, RoundInfo, Tag, View
 from pccl.operations import Operation, signature
 from pccl.protocol.record import Outcome, Record, State
+from pccl.route import Ask, Route, misfit
 
 if TYPE_CHECKING:
     from pccl.engine import Engine
@@ -96,10 +96,10 @@ class Part:
         self._x = x
         self._out = out
         self._op = op or ReduceOp("sum")
-        self._root = root
         self._like = like
-        self._algorithm = algorithm
         self._work = dtype_named("float32") if accumulate and self.dtype.half else self.dtype
+        given, got = -1 if x is None else x.count, -1 if out is None else out.count
+        self.ask = Ask(collective, algorithm, given, got, self._work.itemsize, root, pair)
         self.nbytes = some.count * some.dtype.itemsize
         self._in_place = in_place
         self._inside = inside
@@ -118,101 +118,42 @@ class Part:
 
     # --- attempts ---------------------------------------------------------------------------------------------------
 
-    def misfit(self, view: View) -> str:
-        """Why the buffers have no meaning in this membership; empty if they do."""
-        world, uids = view.world_size, [m.uid for m in view.members]
-        if self.pair and not set(self.pair) <= set(uids):
-            return "the other side of it is no longer a member"
-        if self.pair:
-            return ""
-        if self._root >= 0 and self._root not in uids:
-            return "its root is no longer a member"
-        many = segments(self.collective, 2)
-        x, out = self._x, self._out
-        if many.source > 1 and x and x.count % world:
-            return f"its input of {x.count} elements cannot be shared out among {world} members"
-        if many.source > many.target and x and out and x.count != out.count * world:
-            return f"its input of {x.count} elements is not {world} times its output of {out.count}"
-        if many.target > many.source and x and out and out.count < x.count * world:
-            return f"its output of {out.count} elements has no room for {world} times {x.count}"
-        return ""
-
-    def begin(self, engine: Engine, view: View, key: CallKey, broken: tuple[tuple[int, int], ...], *, atomic: bool) -> Moving:
+    def begin(self, engine: Engine, view: View, key: CallKey, broken: tuple[Link, ...], *, atomic: bool) -> Moving:
         """A transfer for an attempt in this membership.
 
         Raises:
             CollectiveAborted: the call does not fit it, though it fitted the membership that its caller knew; or there are too few links.
         """
-        misfit = self.misfit(view)
-        if misfit:
-            lost, left, survivors = (tuple(m.name for m in who) for who in (view.lost, view.left, view.members))
-            text = f"{self.description}: {misfit}"
-            raise CollectiveAborted(text, call=self.description, reason=misfit, lost=lost, left=left, survivors=survivors)
-        uids = list(self.pair) if self.pair else [m.uid for m in view.members]
-        mine = engine.membership(0).uid
-        rank, world = uids.index(mine), len(uids)
-        root = uids.index(self._root) if self._root >= 0 else -1
-        self._stage(engine, rank, world, root, atomic)
-        count = self._count(world)
-        near = len({m.host for m in view.members}) == 1
-        try:
-            planned = plan(self.collective, self._algorithm, world, count, self._work.itemsize, root=root, broken=broken, near=near)
-        except Unreachable as e:
-            survivors = tuple(m.name for m in view.members)
-            raise CollectiveAborted(f"{self.description}: {e}", call=self.description, reason=str(e), survivors=survivors) from None
-        schedule = planned.schedule
-        self._used = schedule.algorithm
-        arithmetic = Reduction(engine.kernels, self._op, world, everywhere=schedule.cuts == 1 and self._used == "direct")
-        source, target = self._source, self._target
-        short = self.collective == "all_reduce" and schedule.cuts == 1 and self._used in ("direct", "star")
-        if short and world > 1 and source is not None and target is not None and 0 < source.nbytes <= MOST:
-            hub = None if self._used == "direct" else schedule.root
-            others = [r for r in range(world) if r != rank] if hub is None or hub == rank else [hub]
-            flows = {r: engine.executor.flow(uids[r]) for r in others}
+        route = engine.routes.find(self.ask, view, engine.membership(0).uid, broken, self.description)
+        self._stage(engine, route, atomic)
+        self._used = route.algorithm
+        arithmetic = Reduction(engine.kernels, self._op, route.world, everywhere=route.everywhere)
+        source, target, flows = self._source, self._target, route.flows
+        if route.short and source is not None and target is not None:
             self._transfer = Volley(
-                engine.executor, key, self.signature, source, target, arithmetic, flows, rank=rank, hub=hub, undo=self._undo
+                engine.executor, key, self.signature, source, target, arithmetic, flows, rank=route.rank, hub=route.hub, undo=self._undo
             )
             return self._transfer
-        prog = program(schedule, rank)
+        program, layout = route.program, route.layout
         self._transfer = Transfer(
-            engine.executor,
-            key,
-            self.signature,
-            prog,
-            layout(prog, count, planned.slice_size),
-            source,
-            target,
-            arithmetic,
-            {r: engine.executor.flow(uids[r]) for r in prog.peers},
-            undo=self._undo,
-            window=WINDOW,
+            engine.executor, key, self.signature, program, layout, source, target, arithmetic, flows, undo=self._undo, window=WINDOW
         )
         return self._transfer
 
-    def _count(self, world: int) -> int:
-        """Elements per segment."""
-        many = segments(self.collective, world)
-        if self._source is not None:
-            return len(self._source) // many.source
-        assert self._target is not None
-        return len(self._target) // many.target
-
-    def _stage(self, engine: Engine, rank: int, world: int, root: int, atomic: bool) -> None:
+    def _stage(self, engine: Engine, route: Route, atomic: bool) -> None:
         """Say where the attempt reads from and writes to: the caller's memory where that is possible, copies where it is not."""
         self.release(engine)
-        many = segments(self.collective, world)
-        gets = has_output(self.collective, rank, root)
-        gives = has_input(self.collective, rank, root)
+        gives, gets = route.gives, route.gets
         x, out = (self._x if gives else None), (self._out if gets else None)
         if gets and out is None:
-            shape = self._like_shape(world, many.target)
+            shape = self._like_shape(route.world)
             self._made = allocate_like(self._like, shape)
             out = memory_of(self._made, "out", write=True)
         convert = self._work is not self.dtype
         scale = self._op.name == "premul_sum"
         same = self._in_place and gives and gets
-        copy_in = x is not None and (x.flat is None or convert or scale or (self._inside and many.source == 1))
-        copy_out = out is not None and (out.flat is None or convert or (self._inside and many.source > 1))
+        copy_in = x is not None and (x.flat is None or convert or scale or (self._inside and route.given_segments == 1))
+        copy_out = out is not None and (out.flat is None or convert or (self._inside and route.given_segments > 1))
         self._source = self._target = None
         if x is not None:
             if copy_in:
@@ -221,7 +162,7 @@ class Part:
             else:
                 self._source = x.flat
         if out is not None:
-            count = x.count // many.source * many.target if x is not None else out.count
+            count = x.count // route.given_segments * route.got_segments if x is not None else out.count
             if same and copy_in:
                 self._target = self._source
                 self._staged_out = True
@@ -239,7 +180,7 @@ class Part:
             self._spares.append(spare)
             self._undo = Undo(memory, spare)
 
-    def _like_shape(self, world: int, many: int) -> tuple[int, ...]:
+    def _like_shape(self, world: int) -> tuple[int, ...]:
         assert self._x is not None
         shape = self._x.shapes[0] if len(self._x.shapes) == 1 else (self._x.count,)
         if self.collective in ("all_gather", "gather"):
@@ -329,7 +270,7 @@ class _Parts(Operation):
 
     def can_retry(self, view: View) -> bool:
         """The buffers have to fit."""
-        return not any(part.misfit(view) for part in self.parts)
+        return not any(misfit(part.ask, view) for part in self.parts)
 
     def begin(self, view: View, record: Record) -> None:
         """Start an attempt of every part."""
@@ -350,12 +291,8 @@ class _Parts(Operation):
     def _begin_part(self, part: Part, k: int) -> None:
         view, record = self._now, self._record
         assert record is not None
-        membership = self.engine.membership(self.comm)
-        broken: tuple[tuple[int, int], ...] = ()
-        if membership.broken:
-            ranks = {uid: r for r, uid in enumerate(self.pair or [m.uid for m in view.members])}
-            broken = tuple((min(ranks[a], ranks[b]), max(ranks[a], ranks[b])) for a, b in membership.broken if a in ranks and b in ranks)
         key = CallKey(view.epoch, record.id.key, k)
+        broken = self.engine.membership(self.comm).broken
         self.engine.run(self, part.begin(self.engine, view, key, broken, atomic=self.atomic))
 
     def transfer_done(self, transfer: Moving) -> None:

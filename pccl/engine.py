@@ -30,6 +30,7 @@ from pccl.operations import Operation, failure
 from pccl.protocol.member import Membership
 from pccl.protocol.peer import ROOT, Peer, Standpoint
 from pccl.protocol.record import Outcome, Record
+from pccl.route import Routes
 from pccl.transports.base import ControlClient, Link, LinkHandler, LinkTicket, Refusal, Transport
 
 logger = logging.getLogger("pccl")
@@ -67,6 +68,7 @@ class Engine:
         self.options = options
         self.executor = Executor(self)
         self.kernels = Kernels()
+        self.routes = Routes(self.executor.flow)
         self.error: PcclError | None = None
         """Why this peer is no member any more, once it is not"""
         self._left = False
@@ -404,6 +406,7 @@ class Engine:
     def epoch_changed(self, comm: int, old: View, new: View) -> None:
         """A communicator goes on in a new epoch: old traffic is over, links to those who are out are closed."""
         self._served = {}
+        self.routes.clear()
         here = {m.uid for m in new.members}
         self.executor.enter_epoch(new.epoch, old.epoch, [m.uid for m in old.members])
         if comm == ROOT:

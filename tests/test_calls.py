@@ -20,6 +20,7 @@ from pccl.collectives.tensors import memory_of
 from pccl.collectives.transfer import OutStream
 from pccl.collectives.volley import Lane
 from pccl.core.types import Epoch, Member, View
+from pccl.route import misfit
 from tests.checks.support import each, group, in_threads, outcomes, until, wait_until
 
 VIEW = View(Epoch(1, 1, 1), 0, tuple(Member(uid, f"peer {uid}", "here") for uid in range(3)))
@@ -38,7 +39,7 @@ VIEW = View(Epoch(1, 1, 1), 0, tuple(Member(uid, f"peer {uid}", "here") for uid 
 )
 def test_buffers_of_the_right_size_fit_the_membership(collective: str, given: int, got: int, fits: bool) -> None:
     x, out = memory_of(np.zeros(given), "x"), memory_of(np.zeros(got), "out", write=True)
-    assert (Part(collective, collective, x=x, out=out).misfit(VIEW) == "") is fits
+    assert (misfit(Part(collective, collective, x=x, out=out).ask, VIEW) == "") is fits
 
 
 # --- errors that are nobody's word ----------------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ import pytest
 
 from pccl import CollectiveAborted
 from pccl.calls import Part
-from pccl.collectives.flow import CallKey
 from pccl.collectives.tensors import memory_of
 from pccl.core.types import Epoch, Member, Pair, View
+from pccl.route import Routes
 
 HERE = tuple(Member(uid, f"peer {uid}", "here") for uid in range(3))
 NOW = View(Epoch(1, 1, 2), 0, HERE, lost=(Member(3, "peer 3", "here"),), left=(Member(4, "peer 4", "here"),))
@@ -28,7 +28,7 @@ NOW = View(Epoch(1, 1, 2), 0, HERE, lost=(Member(3, "peer 3", "here"),), left=(M
 )
 def test_a_call_that_a_loss_has_overtaken_is_aborted_and_names_the_lost(part: Part) -> None:
     with pytest.raises(CollectiveAborted, match=r"no longer a member|cannot be shared out among 3 members") as caught:
-        part.begin(cast(Any, None), NOW, CallKey(NOW.epoch, 0, 0), (), atomic=True)
+        Routes(cast(Any, None)).find(part.ask, NOW, 0, (), part.description)
     assert caught.value.lost == ("peer 3",)
     assert caught.value.left == ("peer 4",)
     assert caught.value.survivors == ("peer 0", "peer 1", "peer 2")

@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from pccl.core.frames import HEADER_BYTES, MAX_PAYLOAD, SEAL_ABORTED, SEAL_BYTES, SEAL_GOOD, Header, Kind, pack_header, unpack_header
+from pccl.core.frames import HEADER_BYTES, MAX_PAYLOAD, SEAL_ABORTED, SEAL_BYTES, SEAL_GOOD, Header, pack_header, unpack_header
 from pccl.transports.base import OutFrame
 
 STAGE_BYTES = 16 << 10
 BATCH_FRAMES = 16
 """Frames that may be handed to the kernel at once."""
 BATCH_BYTES = 256 << 10
+COPIED = 4 << 10
+"""Payload bytes up to which a copy costs less than a vector of buffers."""
 
 _DRAIN = memoryview(bytearray(256 << 10))
 """Where worthless bytes go; nobody reads it."""
@@ -114,6 +116,8 @@ class _Out:
         self.parts: list[memoryview | bytes] = [pack_header(header)]
         if payload is not None and header.length:
             self.parts += (payload, SEAL_GOOD)
+            if header.length <= COPIED:
+                self.parts = [b"".join(self.parts)]
         self.total = HEADER_BYTES + (header.length + SEAL_BYTES if header.length else 0)
         self.sent = 0
         self.void = False
@@ -144,6 +148,8 @@ class FrameWriter:
         self._queue: deque[_Out] = deque()
         self._whole: deque[OutFrame] = deque()
         """Frames that are out, of which the handler has not heard"""
+        self._had_all = False
+        """At the last look there was nothing more to pull"""
 
     def buffers(self) -> list[memoryview | bytes]:
         """The bytes to send next, in order; empty if there are none."""
@@ -152,6 +158,7 @@ class FrameWriter:
             size += out.total - out.sent
         while len(self._queue) < BATCH_FRAMES and size < BATCH_BYTES:
             frame = self._pull()
+            self._had_all = frame is None
             if frame is None:
                 break
             out = _Out(frame)
@@ -160,6 +167,11 @@ class FrameWriter:
         if len(self._queue) == 1:
             return self._queue[0].rest() if self._queue[0].sent else self._queue[0].parts
         return [part for out in self._queue for part in out.rest()]
+
+    @property
+    def empty(self) -> bool:
+        """Whether everything is out that could be pulled at the last look."""
+        return self._had_all and not self._queue
 
     def advance(self, n: int) -> None:
         """So many of these bytes have been sent."""
@@ -184,9 +196,8 @@ class FrameWriter:
                 if not out.sent:
                     continue
                 out.void = True
-                if out.frame.header.kind == Kind.DATA and len(out.parts) > 1:
-                    length = out.frame.header.length
-                    out.parts = [out.parts[0], _NOTHING[:length], SEAL_ABORTED]
+                if length := out.frame.header.length:
+                    out.parts = [out.parts[0][:HEADER_BYTES], _NOTHING[:length], SEAL_ABORTED]
                     out.frame = out.frame._replace(payload=None)
             kept.append(out)
         self._queue = kept

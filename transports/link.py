@@ -31,6 +31,8 @@ class WireLink(Link):
         self._reader = FrameReader(self._begun, self._ended)
         self._writer = FrameWriter(self._pull, self._sent)
         self._writing = False
+        self._woken = False
+        """While it was writing"""
         self._blocked = False
         self._ending = False
         self._gone = asyncio.Event()
@@ -47,6 +49,7 @@ class WireLink(Link):
 
     def wake(self) -> None:
         """There may be frames to send."""
+        self._woken = True
         if not self._writing and not self._blocked and not self._ending:
             self._write()
 
@@ -155,7 +158,10 @@ class WireLink(Link):
                 buffers = None if self._ending else self._writer.buffers()
                 if not buffers:
                     return
+                self._woken = False
                 self._writer.advance(self._wire.write(buffers))
+                if self._writer.empty and not self._woken:
+                    return
             if not self._ending:
                 self._blocked = True
                 self._wire.notify_writable(self._writable)
