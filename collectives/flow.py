@@ -315,7 +315,8 @@ class Flow:
 
     def _stream(self, transfer: Moving, header: Header) -> Incoming | None:
         """Which stream of a running transfer a frame belongs to; it says that the peer's call is running, too."""
-        self._return_share(transfer.key)
+        if self._shares:
+            self._return_share(transfer.key)
         return transfer.in_stream(self, header)
 
     def frame_ended(self, link: Link, header: Header, good: bool) -> None:

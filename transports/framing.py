@@ -25,17 +25,23 @@ _NOTHING = memoryview(bytes(MAX_PAYLOAD))
 """What the rest of a voided payload is made of."""
 
 
+def _no_place(header: Header) -> None:
+    return None
+
+
+def _no_frame() -> None:
+    return None
+
+
+def _no_matter(*what: object) -> None:
+    pass
+
+
 class FrameReader:
-    """Turns bytes into frames.
+    """Turns bytes into frames."""
 
-    Args:
-        begun: gets the header of a frame with a payload, returns where that goes, or None to drop it.
-        ended: gets a frame's header and whether its payload is good.
-    """
-
-    def __init__(self, begun: Callable[[Header], memoryview | None], ended: Callable[[Header, bool], None]) -> None:
-        self._begun = begun
-        self._ended = ended
+    def __init__(self) -> None:
+        self.serve(None, None)
         self._stage = memoryview(bytearray(STAGE_BYTES))
         self._start = 0
         self._end = 0
@@ -43,6 +49,16 @@ class FrameReader:
         self._target: memoryview | None = None
         self._got = 0
         """Payload bytes of the present frame that have come"""
+
+    def serve(self, begun: Callable[[Header], memoryview | None] | None, ended: Callable[[Header, bool], None] | None) -> None:
+        """Say who hears of frames; without anybody they are dropped.
+
+        Args:
+            begun: gets the header of a frame with a payload, returns where that goes, or None to drop it.
+            ended: gets a frame's header and whether its payload is good.
+        """
+        self._begun = begun or _no_place
+        self._ended = ended or _no_matter
 
     def buffers(self) -> list[memoryview]:
         """Where to read to: the first is to be filled before the second. Never empty."""
@@ -135,27 +151,31 @@ class _Out:
 
 
 class FrameWriter:
-    """Turns frames into bytes.
+    """Turns frames into bytes."""
 
-    Args:
-        pull: gives the next frame, or None if there is none now.
-        sent: hears of every frame that has gone out whole and was not aborted.
-    """
-
-    def __init__(self, pull: Callable[[], OutFrame | None], sent: Callable[[OutFrame], None]) -> None:
-        self._pull = pull
-        self._sent = sent
+    def __init__(self) -> None:
+        self.serve(None, None)
         self._queue: deque[_Out] = deque()
         self._whole: deque[OutFrame] = deque()
         """Frames that are out, of which the handler has not heard"""
         self._had_all = False
         """At the last look there was nothing more to pull"""
 
+    def serve(self, pull: Callable[[], OutFrame | None] | None, sent: Callable[[OutFrame], None] | None) -> None:
+        """Say whose frames to send; without anybody there are no more.
+
+        Args:
+            pull: gives the next frame, or None if there is none now.
+            sent: hears of every frame that has gone out whole and was not aborted.
+        """
+        self._pull = pull or _no_frame
+        self._sent = sent or _no_matter
+
     def buffers(self) -> list[memoryview | bytes]:
         """The bytes to send next, in order; empty if there are none."""
         size = 0
-        for out in self._queue:
-            size += out.total - out.sent
+        if self._queue:
+            size = sum([out.total - out.sent for out in self._queue])
         while len(self._queue) < BATCH_FRAMES and size < BATCH_BYTES:
             frame = self._pull()
             self._had_all = frame is None
@@ -175,6 +195,9 @@ class FrameWriter:
 
     def advance(self, n: int) -> None:
         """So many of these bytes have been sent."""
+        if len(self._queue) == 1 and n == self._queue[0].total and not self._queue[0].void:
+            self._sent(self._queue.popleft().frame)
+            return
         while n:
             out = self._queue[0]
             step = min(n, out.total - out.sent)

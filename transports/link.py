@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 
 from pccl.core.codec import WireError
-from pccl.core.frames import Header
-from pccl.transports.base import Link, LinkHandler, OutFrame
+from pccl.transports.base import Link, LinkHandler
 from pccl.transports.framing import STAGE_BYTES, FrameReader, FrameWriter
 from pccl.transports.wire import Wire
 
@@ -28,8 +28,8 @@ class WireLink(Link):
         self._closed = closed
         self._loop = asyncio.get_running_loop()
         self._handler: LinkHandler | None = None
-        self._reader = FrameReader(self._begun, self._ended)
-        self._writer = FrameWriter(self._pull, self._sent)
+        self._reader = FrameReader()
+        self._writer = FrameWriter()
         self._writing = False
         self._woken = False
         """While it was writing"""
@@ -41,6 +41,8 @@ class WireLink(Link):
     def open(self, handler: LinkHandler) -> None:
         """Begin to read and to send."""
         self._handler = handler
+        self._reader.serve(partial(handler.frame_begun, self), partial(handler.frame_ended, self))
+        self._writer.serve(partial(handler.next_frame, self), partial(handler.frame_sent, self))
         self._wire.notify_readable(self.receive)
 
     def fileno(self) -> int:
@@ -67,7 +69,7 @@ class WireLink(Link):
 
     def close(self) -> None:
         """Send what is under way, wait a moment for the other side's end, and go."""
-        self._handler = None
+        self._forget_handler()
         if not self._ending:
             self._ending = True
             self._wire.notify_writable(None)
@@ -135,13 +137,6 @@ class WireLink(Link):
             pass
         self._finish()
 
-    def _begun(self, header: Header) -> memoryview | None:
-        return self._handler.frame_begun(self, header) if self._handler else None
-
-    def _ended(self, header: Header, good: bool) -> None:
-        if self._handler:
-            self._handler.frame_ended(self, header, good)
-
     # --- writing ----------------------------------------------------------------------------------------------------
 
     def _writable(self) -> None:
@@ -179,20 +174,19 @@ class WireLink(Link):
         if not isinstance(error, (OSError, WireError)):
             self._loop.call_exception_handler({"message": f"the link to peer {self.uid} is given up", "exception": error})
 
-    def _pull(self) -> OutFrame | None:
-        return self._handler.next_frame(self) if self._handler else None
-
-    def _sent(self, frame: OutFrame) -> None:
-        if self._handler:
-            self._handler.frame_sent(self, frame)
-
     # --- the end ----------------------------------------------------------------------------------------------------
+
+    def _forget_handler(self) -> LinkHandler | None:
+        handler, self._handler = self._handler, None
+        self._reader.serve(None, None)
+        self._writer.serve(None, None)
+        return handler
 
     def _lose(self, error: Exception) -> None:
         if self._ending:
             return
         self._ending = True
-        handler, self._handler = self._handler, None
+        handler = self._forget_handler()
         self._finish()
         if handler:
             handler.link_lost(self, error)

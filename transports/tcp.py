@@ -11,6 +11,7 @@ import socket
 import struct
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from pccl.core.address import is_loopback, join
 from pccl.core.errors import ConnectError
@@ -63,19 +64,21 @@ class TcpWire(Wire):
 
     def read(self, buffers: Sequence[memoryview]) -> int:
         """Read what is there."""
+        sock = self._sock or self._closed()
         if len(buffers) == 1:
-            return self._socket.recv_into(buffers[0])
-        return self._socket.recvmsg_into(buffers)[0]
+            return sock.recv_into(buffers[0])
+        return sock.recvmsg_into(buffers)[0]
 
     def write(self, buffers: Sequence[memoryview | bytes]) -> int:
         """Hand the kernel what it takes."""
+        sock = self._sock or self._closed()
         if len(buffers) == 1:
-            return self._socket.send(buffers[0])
-        return self._socket.sendmsg(buffers[:IOV_MAX])
+            return sock.send(buffers[0])
+        return sock.sendmsg(buffers[:IOV_MAX])
 
     def shutdown(self) -> None:
         """End this direction."""
-        self._socket.shutdown(socket.SHUT_WR)
+        (self._sock or self._closed()).shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
         """End both."""
@@ -103,11 +106,8 @@ class TcpWire(Wire):
             self._unacked_since = now
         return min(float(last_ack), now - self._unacked_since)  # the last acknowledgement may be older than the data
 
-    @property
-    def _socket(self) -> socket.socket:
-        if self._sock is None:
-            raise ConnectionAbortedError("the link is closed")
-        return self._sock
+    def _closed(self) -> NoReturn:
+        raise ConnectionAbortedError("the link is closed")
 
 
 class TcpTransport(StreamTransport):

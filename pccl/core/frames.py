@@ -21,7 +21,8 @@ MAX_PAYLOAD = 4 << 20
 _MAGIC = 0x5043
 _BODY = struct.Struct("<HBxHHIIIIQQQ")
 _CHECK = struct.Struct("<I")
-HEADER_BYTES = _BODY.size + _CHECK.size
+_WHOLE = struct.Struct(_BODY.format + "I")
+HEADER_BYTES = _WHOLE.size
 
 SEAL_GOOD = b"pccl"
 SEAL_ABORTED = b"void"
@@ -68,10 +69,9 @@ def unpack_header(data: bytes | bytearray | memoryview) -> Header:
     Raises:
         WireError: they are none.
     """
-    body = data[: _BODY.size]
-    if xxhash.xxh32_intdigest(body) != _CHECK.unpack_from(data, _BODY.size)[0]:
+    magic, kind, sub, channel, length, term, rid, number, call, position, signature, check = _WHOLE.unpack_from(data)
+    if xxhash.xxh32_intdigest(data[: _BODY.size]) != check:
         raise WireError("a frame header is damaged")
-    magic, kind, sub, channel, length, term, rid, number, call, position, signature = _BODY.unpack(body)
     if magic != _MAGIC or kind > Kind.MARK or length > MAX_PAYLOAD or (length and kind != Kind.DATA):
         raise WireError(f"a frame header makes no sense: kind {kind}, {length} bytes of payload")
     return Header(kind, Epoch(term, rid, number), call, sub, channel, position, length, signature)

@@ -55,8 +55,7 @@ class Op(Protocol):
         """Whether it has a meaning in this membership; the same answer on every member."""
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """How a call ended for its caller."""
 
     committed: bool

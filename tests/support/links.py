@@ -42,6 +42,9 @@ class Side(Log, LinkHandler):
         self.place: Callable[[Header], memoryview | None] = lambda header: memoryview(bytearray(header.length))
         self.link: WireLink | None = None
         self._target: memoryview | None = None
+        self.next_instead: Callable[[Link], OutFrame | None] | None = None
+        self.sent_instead: Callable[[Link, OutFrame], object] | None = None
+        self.ended_instead: Callable[[Link, Header, bool], object] | None = None
 
     def send(self, *frames: OutFrame) -> None:
         self.outbox.extend(frames)
@@ -62,10 +65,15 @@ class Side(Log, LinkHandler):
         return [event[1] for event in self.named("lost")]
 
     def next_frame(self, link: Link) -> OutFrame | None:
+        if self.next_instead:
+            return self.next_instead(link)
         return self.outbox.popleft() if self.outbox else None
 
     def frame_sent(self, link: Link, frame: OutFrame) -> None:
-        self.add("sent", frame)
+        if self.sent_instead:
+            self.sent_instead(link, frame)
+        else:
+            self.add("sent", frame)
 
     def frame_begun(self, link: Link, header: Header) -> memoryview | None:
         self._target = self.place(header)
@@ -73,6 +81,9 @@ class Side(Log, LinkHandler):
         return self._target
 
     def frame_ended(self, link: Link, header: Header, good: bool) -> None:
+        if self.ended_instead:
+            self.ended_instead(link, header, good)
+            return
         target, self._target = self._target, None
         self.add("ended", header, (bytes(target) if target is not None else b"") if good else None)
 
@@ -183,7 +194,8 @@ class Stranger:
             payloads.append(bytearray(header.length))
             return memoryview(payloads[-1])
 
-        reader = FrameReader(begun, lambda h, good: got.append(Received(h, good, bytes(payloads.pop()) if h.length else b"")))
+        reader = FrameReader()
+        reader.serve(begun, lambda h, good: got.append(Received(h, good, bytes(payloads.pop()) if h.length else b"")))
         async with asyncio.timeout(PATIENCE):
             while not until(got):
                 try:
@@ -209,7 +221,7 @@ class Stranger:
         if isinstance(self.wire, MemoryWire):
             self.wire.peer.reset_soon()
         elif isinstance(self.wire, TcpWire):
-            self.wire._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.wire._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.wire.close()
 
     async def _until(self, notify: Callable[[Callable[[], None] | None], None]) -> None:

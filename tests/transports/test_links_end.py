@@ -189,7 +189,7 @@ async def test_a_handler_closes_in_mid_write(links: LinkNet) -> None:
         return None
 
     assert a.link
-    a.next_frame = closes  # type: ignore[method-assign]
+    a.next_instead = closes
     a.link.wake()
     assert await peer.rest() == b""
     await a.link.wait_closed()
@@ -260,7 +260,7 @@ async def test_no_descriptors_left_to_accept_with(monkeypatch: pytest.MonkeyPatc
     links = LinkNet(NETS["tcp"])
     stranger = await links.stranger(await links.listen())
     await until_true(lambda: links._transports[0]._strangers)
-    host, port = stranger.wire._socket.getpeername()  # type: ignore[attr-defined]
+    host, port = stranger.wire._sock.getpeername()  # type: ignore[attr-defined]
     sock = socket.socket()
     sock.setblocking(False)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -40,7 +40,8 @@ class Reading:
         self._refuse = refuse
         self._redirect = dict(redirect or {})
         self._present: Header | None = None
-        self.reader = FrameReader(self._begun, self._ended)
+        self.reader = FrameReader()
+        self.reader.serve(self._begun, self._ended)
 
     def _begun(self, header: Header) -> memoryview | None:
         assert self._present is None
@@ -156,7 +157,8 @@ class Writing:
         self.abort_when_sent: dict[int, int] = {}
         """call -> the token that its handler aborts"""
         self.aborted: set[int] = set()
-        self.writer = FrameWriter(self._pull, self._sent)
+        self.writer = FrameWriter()
+        self.writer.serve(self._pull, self._sent)
 
     def _pull(self) -> OutFrame | None:
         if not self.queue:
