@@ -110,9 +110,11 @@ class Volley:
         if not self._spreads:
             self.payload = source.view(np.uint8).data
         if self._folds:
-            rows = np.empty((len(flows) + 1, len(source)), source.dtype)
-            self._parts = [source if r == rank else rows[r] for r in range(len(rows))]
-            self._lanes = {flow: Lane(self, flow, rows[r].view(np.uint8).data) for r, flow in flows.items()}
+            size, world = len(source), len(flows) + 1
+            room = bytearray(self.nbytes * world)
+            rows, places = np.frombuffer(room, source.dtype), memoryview(room)
+            self._parts = [source if r == rank else rows[r * size : (r + 1) * size] for r in range(world)]
+            self._lanes = {flow: Lane(self, flow, places[r * self.nbytes : (r + 1) * self.nbytes]) for r, flow in flows.items()}
         else:
             self._parts = []
             self._lanes = {flow: Lane(self, flow, target.view(np.uint8).data) for flow in flows.values()}
@@ -122,7 +124,8 @@ class Volley:
     def start(self) -> None:
         """Begin: say that this member is in, take what came early, and send."""
         for flow, lane in self._lanes.items():
-            flow.grant(self.key, 0, self.nbytes, self.signature, lazy=True)
+            if self._folds:  # else the hub answers to what this sends, and needs no other word of it
+                flow.grant(self.key, 0, self.nbytes, self.signature, lazy=True)
             flow.deliver_early(self)
             if self.halted:  # what came early was not of this call
                 return

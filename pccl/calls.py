@@ -5,6 +5,7 @@ A `Part` is one collective with its buffers; a plain call has one, a round has s
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -58,6 +59,17 @@ class Reduction:
         self._kernels.finish(self._op, x, self._world)
 
 
+@lru_cache(maxsize=4096)
+def _part_signature(description: str, root: int, algorithm: str, accumulate: bool) -> int:
+    return signature(f"{description} root {root} by {algorithm}{' in float32' if accumulate else ''}")
+
+
+@lru_cache(maxsize=4096)
+def _call_signature(part: int, atomic: bool, retry: bool) -> int:
+    marks = [name for name, on in (("atomic=False", not atomic), ("retry", retry)) if on]
+    return signature(f"{part} {' '.join(marks)}")
+
+
 class Part:
     """One collective and its buffers.
 
@@ -87,7 +99,7 @@ class Part:
     ) -> None:
         self.collective = collective
         self.description = description
-        self.signature = signature(f"{description} root {root} by {algorithm}{' in float32' if accumulate else ''}")
+        self.signature = _part_signature(description, root, algorithm, accumulate)
         self.done = False
         self.info: Info | None = None
         some = x if x is not None else out
@@ -318,8 +330,7 @@ class Collective(_Parts):
     def __init__(
         self, comm: int, part: Part, *, tag: Tag, timeout: float | None, atomic: bool, retry: bool, pair: Pair | None = None
     ) -> None:
-        marks = [name for name, on in (("atomic=False", not atomic), ("retry", retry)) if on]
-        sign = signature(f"{part.signature} {' '.join(marks)}")
+        sign = _call_signature(part.signature, atomic, retry)
         super().__init__(comm, part.description, signature=sign, timeout=timeout, tag=tag, pair=pair, atomic=atomic, retry=retry)
         self.parts = [part]
         self.small = part.nbytes <= SMALL

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import xxhash
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from pccl.engine import Engine
 
 
-@lru_cache(maxsize=4096)
 def signature(text: str) -> int:
     """64 bits of a call's description: equal on all members that make the same call."""
     return xxhash.xxh3_64_intdigest(text.encode()) or 1
