@@ -33,8 +33,8 @@ logger = logging.getLogger("pccl")
 
 PATIENCE = 0.005
 """Seconds without any news after which a borrower leaves the rest to the engine's thread."""
-KEEP = 0.002
-STRETCH = 0.02
+KEEP = 0.005
+STRETCH = 0.05
 GLANCE = 0.1
 """Longest wait at a time: a signal that comes just before a thread goes to sleep does not wake it, and its handler waits, too."""
 _NAMES = "INT TERM HUP QUIT USR1 USR2 ALRM VTALRM PROF CHLD WINCH CONT TSTP TTIN TTOU IO URG PIPE"
@@ -306,7 +306,7 @@ class ThreadRuntime:
         self._recall.acquire(blocking=False)
         while not (self._ending or self._inbox) and time.perf_counter() < until:
             borrowed = self._borrowed
-            if self._recall.acquire(timeout=KEEP) or self._borrowed == borrowed:
+            if self._recall.acquire(timeout=KEEP) or (self._borrowed == borrowed and not self._borrower):
                 return
 
 

@@ -28,6 +28,7 @@ from pccl.transports.zmq_common import (
     check_size,
     close_monitored,
     configure,
+    has_message,
     is_literal,
     next_event,
     open_monitor,
@@ -277,13 +278,12 @@ class _Connection:
         self._waiting.popleft()
 
     def _read_message(self) -> bool:
-        try:
-            data = self._socket.recv(NOBLOCK)
-        except zmq.Again:
+        if not has_message(self._socket):
             before = len(self._waiting)
             if before:
                 self._send_next()
             return len(self._waiting) < before
+        data = self._socket.recv(NOBLOCK)
         if self.up:  # else it is from no master: that speaks when it has been spoken to
             self._on_message(data)
         return True

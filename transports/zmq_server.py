@@ -33,6 +33,7 @@ from pccl.transports.zmq_common import (
     check_size,
     close_monitored,
     configure,
+    has_message,
     is_literal,
     next_event,
     open_monitor,
@@ -43,6 +44,7 @@ log = logging.getLogger(__name__)
 
 WILDCARDS = ("*", "0.0.0.0", "::")
 SNDMORE = int(zmq.SNDMORE) | NOBLOCK
+RCVMORE = int(zmq.RCVMORE)
 GRACE = 0.5
 """Seconds within which the last messages of an ended connection are read, however much others send."""
 REMEMBERED = 1024
@@ -229,19 +231,18 @@ class ZmqServer(ControlServer):
     # --- messages
 
     def _read_message(self) -> bool:
-        try:
-            route = self._socket.recv(NOBLOCK)
-        except zmq.Again:
+        if not has_message(self._socket):
             self._report_ended()
             return False
+        route = self._socket.recv(NOBLOCK)
         peer = self._by_route.get(route)
         if peer is None:
             frame = self._socket.recv(NOBLOCK, copy=False)
             peer, data = self._admit(route, frame), frame.bytes
         else:
             data = self._socket.recv(NOBLOCK)
-        if self._socket.getsockopt(zmq.RCVMORE):  # no client of ours sends parts
-            while self._socket.getsockopt(zmq.RCVMORE):
+        if self._socket.getsockopt(RCVMORE):  # no client of ours sends parts
+            while self._socket.getsockopt(RCVMORE):
                 self._socket.recv(NOBLOCK)
             self._cut(peer)
         if not peer.ended and not peer.cut:
