@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import signal
 import sys
 from collections.abc import Sequence
@@ -209,6 +210,14 @@ def test_losses(name: str, tmp_path: Path) -> None:
     assert all(ordered(row) for row in rows)
     assert [row["samples"] for row in rows] == [2, 2, 1]
     assert {row["signal"] for row in rows} == {f"SIG{name.upper()}"}
+
+
+@pytest.mark.process
+def test_losses_that_come_when_the_call_is_over(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The survivors have not noticed anything when the next one is to come in."""
+    monkeypatch.setattr(random.Random, "uniform", lambda self, low, high: 1000.0)
+    assert run("bench", "kill", "--peers", "3", "--size", "4K", "--kills", "1", "--stops", "0") == FAILED
+    assert "only 0 of 4 came before the end of the call" in capsys.readouterr().err
 
 
 @pytest.mark.process

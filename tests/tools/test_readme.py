@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import textwrap
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def test_protocol_names_every_message() -> None:
     rows = re.findall(r"^\| (\d+) \| `(\w+)` \| ([\w, ]+) \|", PROTOCOL, re.MULTILINE)
     told = {int(code): (name, *fields.split(", ")) for code, name, fields in rows}
     assert len(rows) == len(told)
-    assert told == {code: (cls.__name__, *codec._code_of[cls][1]) for code, (cls, _) in codec._class_of.items()}
+    assert told == {code: (cls.__name__, *(f.name for f in fields(cls))) for code, (cls, _) in codec._class_of.items()}
 
 
 def test_examples_of_messages() -> None:

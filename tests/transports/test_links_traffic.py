@@ -167,6 +167,18 @@ async def test_an_abort_of_what_has_not_begun_leaves_no_trace(links: LinkNet) ->
     assert all(f.good for f in got)
 
 
+async def test_a_frame_that_comes_up_while_the_one_before_waits_for_room(links: LinkNet) -> None:
+    a, peer = await links.insider()
+    memory = bytearray(MAX_PAYLOAD)
+    count = 8
+    a.send(*(data(memory, call=k) for k in range(count)))
+    out = len(a.sent)
+    assert out < count  # the rest waits
+    a.send(data(b"last", call=count))
+    got = await peer.frames(lambda got: len(got) > count)
+    assert [f.header.call for f in got] == list(range(count + 1))
+
+
 async def test_a_callback_that_aborts_what_went_out_with_it(links: LinkNet) -> None:
     """Frames that leave together are reported one by one; by then all of them are out."""
     a, peer = await links.insider()

@@ -12,7 +12,7 @@ from typing import Any
 
 import pccl
 from pccl.tools.bench.calls import Side, compare
-from pccl.tools.bench.crew import BenchFailed, Crew, Worker, ask_all, crew
+from pccl.tools.bench.crew import BenchFailed, Crew, ask_all, crew
 from pccl.tools.bench.report import Report, spread
 
 MILLISECOND = 1e-3
@@ -25,14 +25,15 @@ async def losses(report: Report, peers: int, size: int, strikes: dict[signal.Sig
     """Send one of the peers a signal in the middle of an all-reduce, again and again; a new process replaces it each time."""
     chance = random.Random(seed)
     async with pccl.Master() as master, crew(peers) as team:
-        await _join(team, team.workers, master.address, peers, size)
+        await ask_all(team.workers, "join", address=master.address, peers=peers)
+        await ask_all(team.workers, "prepare", **_buffers(size))
         for number, times in strikes.items():
             hits: list[dict[str, Any]] = []
             for _ in range(times * (1 + MISSES)):
                 if len(hits) < times:
                     hit = await _strike(team, number, chance)
                     hits += [hit] if hit else []
-                    await _replace(team, master.address, peers, size)
+                    await _replace(team, master.address, size)
             if len(hits) < times:
                 raise BenchFailed(f"{number.name}: only {len(hits)} of {times * (1 + MISSES)} came before the end of the call")
             normal = statistics.median(hit["normal"] for hit in hits)
@@ -44,11 +45,8 @@ async def losses(report: Report, peers: int, size: int, strikes: dict[signal.Sig
                 report.row(signal=number.name, what=what, **figures, ratio=ratio, peers=peers, size=size, hits=len(hits))
 
 
-async def _join(team: Crew, workers: Sequence[Worker], address: str, peers: int, size: int) -> None:
-    """Bring workers into the group of the others, and give them buffers."""
-    others = [worker for worker in team.workers if worker not in workers]
-    await asyncio.gather(ask_all(workers, "join", address=address, peers=peers), ask_all(others, "gather", peers=peers))
-    await ask_all(workers, "prepare", collective="all_reduce", size=size, dtype="float32", op="sum")
+def _buffers(size: int) -> dict[str, Any]:
+    return {"collective": "all_reduce", "size": size, "dtype": "float32", "op": "sum"}
 
 
 async def _strike(team: Crew, number: signal.Signals, chance: random.Random) -> dict[str, Any] | None:
@@ -81,9 +79,12 @@ async def _strike(team: Crew, number: signal.Signals, chance: random.Random) -> 
     return {"normal": normal, "raised": [at - struck for at in raised], "retried": [result["retried"] for result in found]}
 
 
-async def _replace(team: Crew, address: str, peers: int, size: int) -> None:
-    """A new process in the place of the one that is gone."""
-    await _join(team, [await team.add()], address, peers, size)
+async def _replace(team: Crew, address: str, size: int) -> None:
+    """A new process in the place of the one that is gone. Whether the others have noticed that depends on when it was struck."""
+    others = list(team.workers)
+    newcomer = await team.add()
+    await asyncio.gather(newcomer.ask("join", address=address, peers=len(team.workers)), ask_all(others, "admit"))
+    await newcomer.ask("prepare", **_buffers(size))
 
 
 async def newcomers(report: Report, holders: Sequence[int], visits: int, size: int) -> None:

@@ -59,6 +59,11 @@ class Orders:
             if self._comm.world_size != peers:
                 time.sleep(PAUSE)
 
+    def admit(self) -> None:
+        """Update until a newcomer is in."""
+        while not self._comm.update().joined:
+            time.sleep(PAUSE)
+
     def join_gloo(self, path: str) -> None:
         """Make a gloo process group of the same members, which meet in a file."""
         self._systems["gloo"] = Gloo(path, self._comm.rank, self._comm.world_size, CALL_TIMEOUT)
