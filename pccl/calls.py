@@ -300,6 +300,11 @@ class _Parts(Operation):
             if record.state is not State.RUNNING:  # what had come of it was not of this call
                 return
 
+    def resume(self, engine: Engine, view: View, began: float) -> None:
+        """An attempt of every part is under way already."""
+        self.engine, self.began = engine, began
+        self._record, self._now = self.record, view
+
     def _begin_part(self, part: Part, k: int) -> None:
         view, record = self._now, self._record
         assert record is not None

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pccl.calls import Collective, Part
 from pccl.collectives.executor import Executor
 from pccl.collectives.flow import Moving
 from pccl.collectives.reduction import Kernels
@@ -25,7 +26,8 @@ from pccl.core.codec import WireError
 from pccl.core.errors import ConnectError, Evicted, InternalError, MasterUnreachable, PcclError, StateConflict, VersionMismatch
 from pccl.core.messages import PeerInfo, Prepare, Reason, SplitResult, Waiting
 from pccl.core.options import Options
-from pccl.core.types import CallId, Epoch, View
+from pccl.core.types import CallId, Epoch, Info, View
+from pccl.express import Express
 from pccl.operations import Operation, failure
 from pccl.protocol.member import Membership
 from pccl.protocol.peer import ROOT, Peer, Standpoint
@@ -94,6 +96,8 @@ class Engine:
         self._ticket_came = asyncio.Event()
         self._running: dict[Moving, Operation] = {}
         self._in_flight: dict[Operation, None] = {}
+        self._express: Express | None = None
+        """A call that has no record yet"""
         self._spare: npt.NDArray[np.uint8] | None = None
         self._spare_release: asyncio.TimerHandle | None = None
         self._served: dict[int, Callable[[], None]] = {}
@@ -191,14 +195,49 @@ class Engine:
         try:
             membership = self.membership(op.comm)
             self._in_flight[op] = None
-            if op.timeout is not None and op.timeout < 4 * self.options.heartbeat_interval:
-                op.deadline = self._loop.call_later(op.timeout, self.expire, op)
+            self._set_deadline(op)
             membership.enter(op.record, self._loop.time())
             self._arm(membership)
         except Exception as e:
             op.settle(self._reason(op, e))
 
-    def serve(self, op: Operation, patience: float, at_most: float) -> None:
+    def _set_deadline(self, op: Operation) -> None:
+        """A timer of its own for a deadline that is near; `_watch_deadlines` looks after the others."""
+        if op.timeout is not None and op.timeout < 4 * self.options.heartbeat_interval:
+            op.deadline = self._loop.call_later(op.timeout, self.expire, op)
+
+    def express(self, comm: int, part: Part, seen: Epoch, make: Callable[[], Collective], patience: float, at_most: float) -> Info | None:
+        """Make a small call for a caller that has this engine to itself. None if `make` was called: the operation tells how it ends.
+
+        Args:
+            seen: the epoch that the caller knows.
+            patience, at_most: as for `serve`.
+        """
+        membership = self._peer.comms.get(comm) if self._peer and self.error is None else None
+        call = Express.of(self, membership, part, seen, make) if membership else None
+        if call is None:
+            op = make()
+            self.submit(op)
+        else:
+            self._express = call
+            try:
+                info = call.run(patience, at_most)
+            finally:
+                self._express = None
+            if call.op is None:
+                return info
+            op = call.op
+        self.serve(op, patience, at_most)
+        return None
+
+    def resume(self, op: Collective, transfer: Moving, membership: Membership) -> None:
+        """Take on a call that was begun without an operation."""
+        self._in_flight[op] = None
+        self._running[transfer] = op
+        self._set_deadline(op)
+        self._arm(membership)
+
+    def serve(self, op: Operation | Express, patience: float, at_most: float) -> None:
         """Receive by hand, in a thread that has this engine to itself while its loop stands still.
 
         Returns when the call has ended, nothing has come for `patience` seconds, or `at_most` seconds are over: what comes may be of
@@ -213,7 +252,7 @@ class Engine:
             idle = now - heard
             if idle > patience or now - began > at_most:
                 return
-            if op.record.announced:
+            if op.announced:
                 self._client.receive()  # a message that was sent may have taken the wake-up of one that comes
             spin = op.settled or idle < self._spin
             ready = poll.poll(0 if spin else 1)
@@ -292,6 +331,10 @@ class Engine:
             membership.complete(op.record, self._loop.time())
             self._arm(membership)
 
+    def time(self) -> float:
+        """The loop's, for deadlines."""
+        return self._loop.time()
+
     def now(self) -> float:
         """Seconds, for measuring; uvloop's own clock counts milliseconds."""
         return self._clock()
@@ -335,6 +378,8 @@ class Engine:
     def control_received(self, data: bytes) -> None:
         """A message of the master."""
         assert self._peer
+        if self._express:
+            self._express.become_operation()
         try:
             self._peer.receive(codec.decode(data), self._loop.time())
         except WireError as e:
@@ -580,9 +625,13 @@ class Engine:
         if op:
             op.transfer_done(transfer)
             self._check_complete(op)
+        elif self._express and self._express.transfer is transfer:
+            self._express.transfer_done()
 
     def transfer_mismatch(self, transfer: Moving, uid: int) -> None:
         """A peer's frames are not of the same call."""
+        if self._express and self._express.transfer is transfer:
+            self._express.become_operation()
         op = self._running.get(transfer)
         if op:
             self.mismatched(op, uid)

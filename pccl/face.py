@@ -375,7 +375,7 @@ class Handle(Collectives[R]):
     def _uid(self) -> int:
         return self._me
 
-    def _operation(self, part: Part, how: How) -> Operation:
+    def _operation(self, part: Part, how: How) -> Collective:
         """The operation that a part and its keywords make."""
         if not KEYWORDS.issuperset(how):
             unknown = how.keys() - KEYWORDS

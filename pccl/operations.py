@@ -72,6 +72,11 @@ class Operation:
         self.on_settled: Callable[[Any], None] = lambda result: None
         """Called once, on the engine's loop, with the result or the exception"""
 
+    @property
+    def announced(self) -> bool:
+        """Whether the master has heard of the call."""
+        return self.record.announced
+
     def settle(self, result: Any) -> None:
         """The caller's result, or an exception."""
         if not self.settled:

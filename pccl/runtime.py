@@ -22,7 +22,9 @@ try:
 except ImportError:
     import signal as signals
 
+from pccl.calls import Collective, Part
 from pccl.core.errors import InvalidArgument, PcclError
+from pccl.core.types import Epoch, Info
 from pccl.engine import Engine
 from pccl.operations import Operation
 from pccl.transports import fork
@@ -165,11 +167,24 @@ class ThreadRuntime:
                 self.engine.submit(op)
                 self.engine.serve(op, PATIENCE, STRETCH)
             finally:
-                self._borrower = 0
-                busy = self.engine.busy
-                self._turn.release()
-                if busy:
-                    self._wake()
+                self._return()
+
+    def express(self, comm: int, part: Part, seen: Epoch, make: Callable[[], Collective]) -> Info | None:
+        """Make a small call whose caller is going to wait for it. None if `make` was called: the operation tells how it ends.
+
+        Args:
+            seen: the epoch that the caller knows.
+            make: makes an operation of the call.
+        """
+        with SignalsHeld():
+            if self._forked or self._closed or not self._borrow():
+                self.post(self.engine.submit, make())
+                return None
+            try:
+                self._take()
+                return self.engine.express(comm, part, seen, make, PATIENCE, STRETCH)
+            finally:
+                self._return()
 
     def _borrow(self) -> bool:
         """Have the engine to oneself; False if another caller has it, or nobody is to."""
@@ -185,6 +200,14 @@ class ThreadRuntime:
                 break
         self._borrower = threading.get_ident()
         return True
+
+    def _return(self) -> None:
+        """Give the engine back; its thread goes on with what is under way."""
+        self._borrower = 0
+        busy = self.engine.busy
+        self._turn.release()
+        if busy:
+            self._wake()
 
     def _take(self) -> None:
         """Do what was posted."""

@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Unpack
 
-from pccl.calls import Part, Round
+from pccl.calls import Collective, Part, Round
 from pccl.communicator import Pending
 from pccl.connection import Settings, prepare
 from pccl.core.errors import InvalidArgument, PcclError
 from pccl.core.types import RoundInfo, StateInfo, Tag, View
+from pccl.express import suits
 from pccl.face import Collectives, Handle, How, check_retry, check_tag
 from pccl.operations import Operation, Update
 from pccl.runtime import GLANCE, ThreadRuntime, forked_error
@@ -170,8 +171,28 @@ class Communicator(Handle[Any]):
         return Communicator(self._runtime, made[0], made[1], self._timeout) if made else None
 
     def _do(self, part: Part, how: How) -> Any:
+        if suits(part, how):
+            return self._express(part, how)
         op = self._operation(part, how)
         return self._start(op) if how.get("async_op") else self._run(op)
+
+    def _express(self, part: Part, how: How) -> Any:
+        self._check_open()
+        assert isinstance(self._runtime, ThreadRuntime)
+        works: list[Work] = []
+
+        def make() -> Collective:
+            op = self._operation(part, how)
+            works.append(Work(self, op))
+            return op
+
+        try:
+            info = self._runtime.express(self._comm, part, self._seen.epoch, make)
+        except BaseException:  # Ctrl-C, perhaps after the call has begun
+            for work in works:
+                work._abandon()
+            raise
+        return works[0].wait() if works else info
 
     def _start(self, op: Operation) -> Work:
         self._check_open()

@@ -136,6 +136,19 @@ class Membership:
         else:
             self._begin(record, now)
 
+    @property
+    def has_way(self) -> bool:
+        """Whether an untagged call that is made now begins at once, and nothing is known of it."""
+        held = self.stopped or self._update or self._queue or self.fresh or self._news or self._leaving or self._stored
+        return not held and self.view.world_size >= self.view.min_world_size and self.in_flight < self._max_in_flight
+
+    def resume(self, record: Record, call: CallId, now: float) -> None:
+        """Take on a call that was begun without a record, in the place before `next_index` that is its."""
+        record.state, record.id, record.attempts = State.RUNNING, call, 1
+        record.began, record.number = now, self.epoch.number
+        self._records[call] = self._open[call] = record
+        self._unannounced.append(record)
+
     def complete(self, record: Record, now: float) -> None:
         """The call's result is here, its sends are out, and nothing holds its memory."""
         if record.state is not State.RUNNING or self.stopped:
