@@ -219,9 +219,14 @@ class Engine:
             op = make()
             self.submit(op)
         else:
-            self._express = call
+            info, self._express = None, call
             try:
                 info = call.run(patience, at_most)
+            except Exception as e:
+                if call.op is None:
+                    raise
+                call.op.reason = self._reason(call.op, e)
+                self.fail(call.op, str(call.op.reason))
             finally:
                 self._express = None
             if call.op is None:

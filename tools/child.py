@@ -62,10 +62,14 @@ class Child:
 
     async def attend(self, on_message: Callable[[Message], None]) -> int:
         """Listen until it ends; returns its exit code. If this is cancelled, it is killed."""
+        readers = [asyncio.ensure_future(self._listen(on_message)), asyncio.ensure_future(self._collect())]
         try:
-            await asyncio.gather(self._listen(on_message), self._collect())
+            await asyncio.gather(*readers)
             return await self._process.wait()
         finally:
+            for reader in readers:
+                reader.cancel()
+            await asyncio.gather(*readers, return_exceptions=True)
             if self.alive:
                 self._process.kill()
                 await self._process.communicate()  # closes its pipes, too
@@ -91,8 +95,9 @@ class Child:
         self.killed = True
         self.signal(signal.SIGKILL)
 
-    async def wait(self) -> None:
-        """Wait for its end."""
+    async def end(self) -> None:
+        """SIGKILL, and wait until it is dead."""
+        self.kill()
         await self._process.wait()
 
     def last_words(self) -> str:

@@ -41,8 +41,10 @@ class Parent:
 
     def _listen(self) -> None:
         rest = b""
-        while data := os.read(0, 1 << 16):  # not sys.stdin: Python cannot shut down while a thread reads that
-            *lines, rest = (rest + data).split(b"\n")
-            for line in lines:
-                self._on_word(line.decode())
-        os._exit(1)
+        try:
+            while data := os.read(0, 1 << 16):  # not sys.stdin: Python cannot shut down while a thread reads that
+                *lines, rest = (rest + data).split(b"\n")
+                for line in lines:
+                    self._on_word(line.decode())
+        finally:
+            os._exit(1)

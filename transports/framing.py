@@ -25,16 +25,8 @@ _NOTHING = memoryview(bytes(MAX_PAYLOAD))
 """What the rest of a voided payload is made of."""
 
 
-def _no_place(header: Header) -> None:
+def _nobody(*what: object) -> None:
     return None
-
-
-def _no_frame() -> None:
-    return None
-
-
-def _no_matter(*what: object) -> None:
-    pass
 
 
 class FrameReader:
@@ -57,8 +49,8 @@ class FrameReader:
             begun: gets the header of a frame with a payload, returns where that goes, or None to drop it.
             ended: gets a frame's header and whether its payload is good.
         """
-        self._begun = begun or _no_place
-        self._ended = ended or _no_matter
+        self._begun = begun or _nobody
+        self._ended = ended or _nobody
 
     def buffers(self) -> list[memoryview]:
         """Where to read to: the first is to be filled before the second. Never empty."""
@@ -168,8 +160,8 @@ class FrameWriter:
             pull: gives the next frame, or None if there is none now.
             sent: hears of every frame that has gone out whole and was not aborted.
         """
-        self._pull = pull or _no_frame
-        self._sent = sent or _no_matter
+        self._pull = pull or _nobody
+        self._sent = sent or _nobody
 
     def buffers(self) -> list[memoryview | bytes]:
         """The bytes to send next, in order; empty if there are none."""

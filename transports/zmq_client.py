@@ -282,7 +282,7 @@ class _Connection:
             before = len(self._waiting)
             if before:
                 self._send_next()
-            return len(self._waiting) < before
+            return len(self._waiting) < before or (before > 0 and has_message(self._socket))  # the send may have taken its wake-up
         data = self._socket.recv(NOBLOCK)
         if self.up:  # else it is from no master: that speaks when it has been spoken to
             self._on_message(data)

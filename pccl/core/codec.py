@@ -135,10 +135,10 @@ def _number(value: Any) -> float:
 def _any_of(hint: Any) -> Checker:
     options: dict[type, Checker] = {}
     for arg in typing.get_args(hint):
-        for kind in _raw_types(arg):
-            if kind in options:
-                raise TypeError(f"a message cannot hold {hint!r}: two of its types look alike on the wire")
-            options[kind] = _checker(arg)
+        kinds, checker = _raw_types(arg), _checker(arg)
+        if not options.keys().isdisjoint(kinds):
+            raise TypeError(f"a message cannot hold {hint!r}: two of its types look alike on the wire")
+        options.update(dict.fromkeys(kinds, checker))
 
     def check(value: Any) -> Any:
         option = options.get(type(value))

@@ -85,6 +85,8 @@ class Group:
         """Members, and newcomers of the admission under way, by uid."""
         self.pending: list[Peer] = []
         self.broken: set[Link] = set()
+        self._mended: set[Link] = set()
+        """Of these, those that communicators other than the root still go without"""
         """Pairs of members that go on without a link."""
         self._options = options
         self._random_bytes = random_bytes
@@ -153,6 +155,7 @@ class Group:
                 self._leave(peer, ledger, m)
             if self._admission and self._admission.call and self._admission.call.verdict:
                 self._give_up_links()  # a member has ended the update: the newcomers wait for the next
+                self._stop_for_links()  # that broke meanwhile
 
     def disconnect(self, conn: object, now: float) -> None:
         """A connection closed, or fell silent."""
@@ -204,8 +207,8 @@ class Group:
         enough = len(self._staying()) + len(newcomers) >= ledger.min_world_size
         if newcomers and enough:
             self._admit(newcomers, call)
-        elif ledger.leaving and self._gaps():
-            self._begin_links([], call, self._gaps())
+        elif ledger.leaving and (gaps := self._gaps()):
+            self._begin_links([], call, gaps)
         elif ledger.leaving:
             self._end_update(call, [])
         elif enough:
@@ -450,6 +453,7 @@ class Group:
             for uid in sorted(out):
                 self._evict(uid, Reason.LINK, "it can reach too few members of the group", left=False)
             return  # each loss has set in motion what follows
+        self._mended |= self.broken - broken
         self.broken, self._admission = broken, None
         if admission.call:
             self._end_update(admission.call, admission.newcomers)
@@ -466,7 +470,7 @@ class Group:
             for peer in newcomers:
                 del self.peers[peer.uid]
             self.pending = [*newcomers, *self.pending]
-            if not admission.newcomers:
+            if not admission.newcomers and not admission.call:
                 self._relink |= {Link(min(pair), max(pair)) for pair in admission.dials}
         return admission
 
@@ -507,10 +511,14 @@ class Group:
         if ledger.comm == ROOT:
             self._cut_off.clear()
             self.peers = {uid: self.peers[uid] for uid in ledger.members}
+            self._resting = None
             for other in [x for x in self.ledgers.values() if x.phase is Phase.STOPPED]:
                 self._resume(other)
-            if self._relink:
-                self._stop_for_links()
+            self._stop_for_links()
+            mended, self._mended = self._mended, set()
+            for other in [x for x in self.ledgers.values() if any(link.low in x.members and link.high in x.members for link in mended)]:
+                if other is not ledger:
+                    other.stop(Reason.LINK, "a link between two members is there again")
 
     def _next_epoch(self) -> Epoch:
         self._number += 1

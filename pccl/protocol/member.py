@@ -299,6 +299,8 @@ class Membership:
         else:
             if record.state in OPEN and d.admitted:
                 record.admitted = self.fresh = True
+            if outcome.committed and record.state in (State.HELD, State.RUNNING) and not record.op.is_update:
+                outcome = Outcome(False, self.view, Reason.MISMATCH, "other members skipped an update in this place")
             self._learn(record, outcome, d.waiting, seq, now)
 
     # --- inside: the order of calls ---------------------------------------------------------------------------------

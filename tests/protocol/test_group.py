@@ -753,3 +753,133 @@ def test_members_of_a_group_that_the_last_master_never_knew(order: str, winners:
     assert [names(c[name]) for name in winners] == [winners] * 2
     assert committed(*(calls[name] for name in losers)) == [False, False]
     assert [c[name].peer.standpoint for name in losers] == [Standpoint.GONE] * 2
+
+
+# --- links, while an update is open ---------------------------------------------------------------------------------------
+
+
+def with_a_gap() -> Cluster:
+    """A, B and J, of whom A and J reach each other through B only, past the update that every member makes after an admission."""
+    c = Cluster("AB")
+    c.add("J")
+    c.run()
+    c.unreachable = {(2, 0), (0, 2)}
+    for name in "AB":
+        c[name].update()
+    c.run()
+    assert list(c["J"].peer.root.broken) == [(0, 2)]
+    for name in "ABJ":
+        c[name].update()
+    c.unreachable.clear()
+    return c
+
+
+def until_links_are_made(c: Cluster) -> None:
+    while not c.group._admission:
+        heard = [c.to_master(n) for n in c.nodes]
+        if not any(heard):
+            for n in c.nodes:
+                c.to_node(n)
+
+
+def cancel(c: Cluster, node: Node, call: Call) -> None:
+    """The master hears of it before anything else."""
+    node.expire(call, Reason.CANCELLED, "cancel")
+    while c.to_master(node):
+        pass
+
+
+def test_an_update_that_was_cancelled_while_a_link_was_made_again_leaves_nothing_behind() -> None:
+    c = with_a_gap()
+    c["B"].leave()
+    first = [c[name].update() for name in "AJ"]
+    until_links_are_made(c)
+    cancel(c, c["A"], first[0])
+    c.run()
+    assert committed(*first) == [False, False]
+    before = c["A"].peer.root.epoch
+    updates = [c[name].update() for name in "AJ"]
+    calls = [c[name].call(Call()) for name in "AJ"]
+    c.run()
+    assert committed(*updates, *calls) == [True] * 4
+    assert c["A"].peer.root.epoch.number == before.number + 1
+    assert not c["A"].peer.root.broken
+
+
+def test_a_link_that_is_there_again_is_used_by_sub_communicators_too() -> None:
+    c = with_a_gap()
+    asks = {name: codec.encode(SplitAsk(None if name == "B" else 0, 0)) for name in "ABJ"}
+    splits = [c[name].call(Call("split()", retry=True, body=body)) for name, body in asks.items()]
+    c.run()
+    assert committed(*splits) == [True] * 3
+    (sub,) = c["A"].subs
+    assert list(sub.broken) == [(0, 2)]
+    c["B"].leave()
+    for _ in range(2):
+        for name in "AJ":
+            c[name].update()
+        c.run()
+    assert not c["A"].peer.root.broken
+    assert not sub.broken
+
+
+def test_a_link_that_breaks_while_newcomers_come_in_is_made_again_although_the_update_is_cancelled() -> None:
+    c = Cluster("ABC")
+    c.add("J")
+    c.run()
+    updates = [c[name].update() for name in "ABC"]
+    until_links_are_made(c)
+    c["A"].peer.link_lost(1, "broken pipe")
+    while c.to_master(c["A"]):
+        pass
+    before = len(c["A"].links)
+    cancel(c, c["B"], updates[1])
+    c.run()
+    assert (1,) in [p.accept for p in c["A"].links[before:]]
+    assert collective(c, *"ABC") == [True] * 3
+
+
+def test_an_update_that_waited_for_more_members_lets_nobody_in_once_it_has_ended() -> None:
+    c = Cluster("ABC")
+    assert c.group.root
+    c.group.root.min_world_size = 3
+    c["C"].die()
+    c.notice(c["C"])
+    c.run()
+    for _ in range(2):
+        updates = [c[name].update() for name in "AB"]
+        c.run()
+    assert committed(*updates) == [None, None]
+    c["B"].die()
+    c.notice(c["B"])
+    c.run()
+    assert committed(updates[0]) == [True]  # it tells of the loss
+    too_few = c["A"].call(Call())
+    c.run()
+    assert too_few.outcome
+    assert too_few.outcome.reason == Reason.TOO_FEW
+    for name in "XY":
+        c.add(name)
+    c.run()
+    assert names(c["A"]) == "A"
+    for _ in range(2):  # the first one tells of the loss
+        c["A"].update()
+        c.run()
+    assert names(c["A"]) == "AXY"
+    assert collective(c, *"AXY") == [True] * 3
+
+
+def test_a_call_in_the_place_of_an_update_that_others_skipped_is_a_mismatch_also_after_a_loss() -> None:
+    c = Cluster("ABC")
+    assert collective(c, *"ABC") == [True] * 3
+    c["A"].update()  # skipped: nobody waits
+    other = c["B"].call(Call())
+    c["C"].die()
+    c.notice(c["C"])
+    c.run()
+    assert other.outcome
+    assert other.outcome.reason == Reason.MISMATCH
+    assert "skipped an update" in other.outcome.detail
+    calls = [c[name].call(Call(retry=True)) for name in "AB"]
+    c.run()
+    assert committed(*calls) == [True, True]

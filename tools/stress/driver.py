@@ -159,8 +159,7 @@ class Driver:
 
     async def _kill(self, event: Event, peer: Peer, child: Child) -> None:
         began, recovers = time.monotonic(), peer.uid if peer.state == "member" else None
-        child.kill()
-        await child.wait()
+        await child.end()
         peer.state, peer.stopped = "killed", False
         self._history.hit(event, began, self._pages[event.target].phases(), recovers=recovers)
 
@@ -179,8 +178,7 @@ class Driver:
         if self._history.master_away:
             return  # the one before is not back yet
         began, self._history.master_away = time.monotonic(), True
-        self._master.kill()
-        await self._master.wait()
+        await self._master.end()
         self._history.hit(event, began, set())
         await asyncio.sleep(event.seconds)
         await self._start_master(self._address, "--recover")
