@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import select
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -29,6 +28,7 @@ from pccl.core.options import Options
 from pccl.core.types import CallId, Epoch, Info, View
 from pccl.express import Express
 from pccl.operations import Operation, failure
+from pccl.poller import Poller
 from pccl.protocol.member import Membership
 from pccl.protocol.peer import ROOT, Peer, Standpoint
 from pccl.protocol.record import Outcome, Record
@@ -39,8 +39,6 @@ logger = logging.getLogger("pccl")
 
 LAZY_CREDIT = 0.005
 """Seconds that a credit nobody waits for may wait for company."""
-SPIN = 50e-6
-"""Seconds that `serve` asks again and again before it sleeps, where every member of this host has a core to itself."""
 SPARE_KEPT = 10.0
 """Seconds of idleness after which the buffer for undoing is given back to the system."""
 
@@ -100,10 +98,7 @@ class Engine:
         """A call that has no record yet"""
         self._spare: npt.NDArray[np.uint8] | None = None
         self._spare_release: asyncio.TimerHandle | None = None
-        self._served: dict[int, Callable[[], None]] = {}
-        """descriptor -> what receives from it; emptied when links come or go"""
-        self._poll = select.poll()
-        self._spin = 0.0
+        self.poller = Poller(client, self._links, self._is_alone, lambda e: self._complain("a handler failed", e))
 
     # --- life -------------------------------------------------------------------------------------------------------
 
@@ -211,7 +206,7 @@ class Engine:
 
         Args:
             seen: the epoch that the caller knows.
-            patience, at_most: as for `serve`.
+            patience, at_most: as for `Poller.serve`.
         """
         membership = self._peer.comms.get(comm) if self._peer and self.error is None else None
         call = Express.of(self, membership, part, seen, make) if membership else None
@@ -232,7 +227,7 @@ class Engine:
             if call.op is None:
                 return info
             op = call.op
-        self.serve(op, patience, at_most)
+        self.poller.serve(op, patience, at_most)
         return None
 
     def resume(self, op: Collective, transfer: Moving, membership: Membership) -> None:
@@ -241,47 +236,6 @@ class Engine:
         self._running[transfer] = op
         self._set_deadline(op)
         self._arm(membership)
-
-    def serve(self, op: Operation | Express, patience: float, at_most: float) -> None:
-        """Receive by hand, in a thread that has this engine to itself while its loop stands still.
-
-        Returns when the call has ended, nothing has come for `patience` seconds, or `at_most` seconds are over: what comes may be of
-        other calls, and the loop has timers, and sends what did not fit.
-        """
-        if not self._served:
-            self._watch()
-        poll, served, clock = self._poll, self._served, self._clock
-        began = heard = clock()
-        while not op.settled and served is self._served:
-            now = clock()
-            idle = now - heard
-            if idle > patience or now - began > at_most:
-                return
-            if op.announced:
-                self._client.receive()  # a message that was sent may have taken the wake-up of one that comes
-            spin = op.settled or idle < self._spin
-            ready = poll.poll(0 if spin else 1)
-            if spin and not ready:
-                os.sched_yield()  # to the peer, if it has been put on the same core
-            for fd, events in ready:
-                if events & select.POLLNVAL:
-                    return
-                try:
-                    served[fd]()
-                except Exception as e:
-                    self._loop.call_exception_handler({"message": "a handler failed", "exception": e})
-            if ready:
-                heard = clock()
-
-    def _watch(self) -> None:
-        """Collect what there is to receive from."""
-        sources: list[Link | ControlClient] = [self._client, *(flow.link for flow in self.executor.flows.values() if flow.link)]
-        self._served = {s.fileno(): s.receive for s in sources if s.fileno() >= 0}
-        self._poll = select.poll()
-        for fd in self._served:
-            self._poll.register(fd, select.POLLIN)
-        here = sum(m.host == self._host for m in self._peer.root.view.members) if self._peer and ROOT in self._peer.comms else 1
-        self._spin = SPIN if here <= (os.cpu_count() or 1) else 0.0
 
     def ended(self, op: Operation) -> None:
         """The call's caller has been told."""
@@ -366,13 +320,13 @@ class Engine:
 
     def control_up(self) -> None:
         """The control connection is there, perhaps again."""
-        self._served = {}
+        self.poller.forget()
         if self._peer:
             self._peer.connected()
 
     def control_down(self) -> None:
         """It is gone for now."""
-        self._served = {}
+        self.poller.forget()
         logger.info("the control connection to %s is down; trying again", self._address)
 
     def control_refused(self, error: Exception) -> None:
@@ -402,7 +356,7 @@ class Engine:
 
     def make_links(self, m: Prepare) -> None:
         """Dial what an admission asks for."""
-        self._served = {}
+        self.poller.forget()
         for uid in (*m.dial, *m.accept):
             self.executor.flow(uid).detach()
         self._ticket = m
@@ -428,7 +382,7 @@ class Engine:
             link.close()
             return False
         flow.attach(link)
-        self._served = {}
+        self.poller.forget()
         return True
 
     async def _admit(self, admission: int, dialer: int, acceptor: int) -> LinkTicket | None:
@@ -443,7 +397,7 @@ class Engine:
     def _accepted(self, link: Link) -> LinkHandler:
         flow = self.executor.flow(link.uid)
         flow.attach(link)
-        self._served = {}
+        self.poller.forget()
         return flow
 
     def admitted(self, view: View) -> None:
@@ -455,7 +409,7 @@ class Engine:
 
     def epoch_changed(self, comm: int, old: View, new: View) -> None:
         """A communicator goes on in a new epoch: old traffic is over, links to those who are out are closed."""
-        self._served = {}
+        self.poller.forget()
         self.routes.clear()
         here = {m.uid for m in new.members}
         self.executor.enter_epoch(new.epoch, old.epoch, [m.uid for m in old.members])
@@ -495,7 +449,7 @@ class Engine:
         """What the caller gets for an error that has come up here."""
         if isinstance(error, PcclError):
             return error
-        self._loop.call_exception_handler({"message": f"{op.description} failed", "exception": error})
+        self._complain(f"{op.description} failed", error)
         return InternalError(f"{op.description}: {error!r}")
 
     def run(self, op: Operation, transfer: Moving) -> None:
@@ -643,7 +597,7 @@ class Engine:
 
     def flow_broken(self, uid: int, error: Exception) -> None:
         """The link to a peer is gone."""
-        self._served = {}
+        self.poller.forget()
         if self._peer and self.error is None:
             self._peer.link_lost(uid, str(error) or type(error).__name__)
 
@@ -696,6 +650,17 @@ class Engine:
             self._arm(membership)
 
     # --- inside -----------------------------------------------------------------------------------------------------
+
+    def _links(self) -> list[Link]:
+        return [flow.link for flow in self.executor.flows.values() if flow.link]
+
+    def _is_alone(self) -> bool:
+        """Whether every member of this host can have a core to itself."""
+        here = sum(m.host == self._host for m in self._peer.root.view.members) if self._peer and ROOT in self._peer.comms else 1
+        return here <= (os.cpu_count() or 1)
+
+    def _complain(self, what: str, error: Exception) -> None:
+        self._loop.call_exception_handler({"message": what, "exception": error})
 
     def _op(self, record: Record) -> Operation:
         assert isinstance(record.op, Operation)

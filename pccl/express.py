@@ -69,7 +69,7 @@ class Express:
         membership.next_index += 1
         try:
             engine.executor.start(self.transfer)
-            engine.serve(self, patience, at_most)
+            engine.poller.serve(self, patience, at_most)
         finally:
             if not part.done:
                 self.become_operation()

@@ -165,7 +165,7 @@ class ThreadRuntime:
             try:
                 self._take()
                 self.engine.submit(op)
-                self.engine.serve(op, PATIENCE, STRETCH)
+                self.engine.poller.serve(op, PATIENCE, STRETCH)
             finally:
                 self._return()
 

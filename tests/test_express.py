@@ -92,7 +92,7 @@ def test_a_message_of_the_master_in_the_middle(moment: int, monkeypatch: pytest.
             records.append(engine.membership(0).in_flight)
 
         if moment < 2:
-            owner, name = (engine.executor, "start") if moment == 0 else (engine, "serve")
+            owner, name = (engine.executor, "start") if moment == 0 else (engine.poller, "serve")
             original = getattr(owner, name)
 
             def struck(*args: Any) -> Any:

@@ -88,18 +88,18 @@ def test_who_borrows_the_engine_gives_it_back_although_something_always_comes() 
         ready = os.eventfd(1)
 
         def feed() -> None:
-            engine._watch()
-            engine._served[ready] = lambda: None
-            engine._poll.register(ready, select.POLLIN)
+            engine.poller._look()
+            engine.poller._receivers[ready] = lambda: None
+            engine.poller._poll.register(ready, select.POLLIN)
 
         comm._runtime.post(feed)
-        wait_until(lambda: ready in engine._served)
+        wait_until(lambda: ready in engine.poller._receivers)
         try:
             with pytest.raises(pccl.CollectiveTimeout):
                 comm.all_reduce(np.ones(4), tag="nobody else", timeout=0.2)
         finally:
             over.set()
-            comm._runtime.post(engine._served.clear)
+            comm._runtime.post(engine.poller._receivers.clear)
             comm.barrier()
             os.close(ready)
 
