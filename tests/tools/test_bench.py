@@ -19,6 +19,7 @@ import typer
 from pccl.tools.bench import calls, command
 from pccl.tools.bench.calls import Case, Side, bus_factor, compare
 from pccl.tools.bench.crew import BenchFailed, Crew, crew
+from pccl.tools.bench.plot import plot, size_text
 from pccl.tools.bench.report import Report, spread
 from pccl.tools.bench.systems import COLLECTIVES, DTYPES, OPS, Buffers
 from pccl.tools.cli import FAILED, USAGE
@@ -70,7 +71,7 @@ def test_bus_bandwidth_is_that_of_nccl_tests() -> None:
 
 def test_spread() -> None:
     found = spread([0.001 * i for i in range(1, 12)], 0.001)
-    assert found == pytest.approx({"median": 6, "p10": 2, "p90": 10, "worst": 11, "samples": 11})
+    assert found == pytest.approx({"median": 6, "p10": 2, "p90": 10, "p99": 10.9, "worst": 11, "samples": 11})
 
 
 def collect(collective: str, op: str, members: Sequence[Buffers]) -> None:
@@ -116,24 +117,29 @@ class Team:
         self.turns: list[tuple[str, int]] = []
         self._times = times
 
-    async def ask(self, order: str, *, system: str, how: dict[str, bool], count: int) -> list[list[float]]:
+    async def ask(self, order: str, *, system: str, how: dict[str, bool], count: int) -> list[dict[str, Any]]:
         assert order == "run"
         self.turns.append((system, count))
-        return [[seconds] * count for seconds in self._times[system]]
+        return [{"times": [seconds] * count, "cpu": seconds * count / 2} for seconds in self._times[system]]
 
 
 async def test_sides_take_turns_and_the_slowest_member_counts() -> None:
     team = Team({"a": [0.001, 0.002], "b": [0.005, 0.001]})
     sides = [Side("A", "a", {}), Side("B", "b", {})]
-    times = await compare(cast(Crew, team), sides, 0.0)
+    found = await compare(cast(Crew, team), sides, 0.0)
     count = int(calls.TURN / 0.005)
     assert team.turns == [("a", 2), ("b", 2)] + [("a", count), ("b", count)] * calls.TURNS
-    assert times == {"A": [0.002] * count * calls.TURNS, "B": [0.005] * count * calls.TURNS}
+    assert {label: side.times for label, side in found.items()} == {
+        "A": [0.002] * count * calls.TURNS,
+        "B": [0.005] * count * calls.TURNS,
+    }
+    assert found["A"].cpu == pytest.approx(0.003 / 2 * count * calls.TURNS)
 
 
 async def test_slow_calls_are_measured_one_at_a_time() -> None:
     team = Team({"a": [30.0]})
-    assert await compare(cast(Crew, team), [Side("A", "a", {})], 0.0) == {"A": [30.0] * calls.TURNS}
+    found = await compare(cast(Crew, team), [Side("A", "a", {})], 0.0)
+    assert found["A"].times == [30.0] * calls.TURNS
 
 
 def test_wrong_results_are_reported_and_fail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,7 +149,7 @@ def test_wrong_results_are_reported_and_fail(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(command, "measure", measure)
     assert run("bench", "--json", str(tmp_path / "found.json")) == FAILED
     shown = capsys.readouterr()
-    assert shown.out.splitlines()[-1].split() == ["4", "-", "-", "-", "pccl", *["-"] * 6, "3"]
+    assert shown.out.splitlines()[-1].split() == ["4", "-", "-", "-", "pccl", *["-"] * 7, "3"]
     assert "wrong" in shown.err
     assert json.loads((tmp_path / "found.json").read_text())["rows"][0]["wrong"] == 3
 
@@ -177,12 +183,48 @@ def test_table_against_gloo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     for row in rows:
         assert ordered(row)
         assert row["wrong"] == 0
+        assert row["median"] <= row["p99"] <= row["worst"]
+        assert row["cpu"] > 0
         assert row["busbw"] == row["algbw"] == pytest.approx(row["size"] / row["median"] / 1e3)
     for group in (rows[:3], rows[3:]):
         assert [row["ratio"] for row in group] == pytest.approx([group[2]["median"] / row["median"] for row in group])
     table = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("#")]
     assert len(table) == 1 + len(rows)
     assert len({len(line) for line in table}) == 1
+
+
+@pytest.fixture(scope="module")
+def fonts(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The files of fonts that matplotlib has used once stay open: here, and not in a test."""
+    pytest.importorskip("matplotlib")
+    rows = [{"size": size, "peers": 2, "system": "a", "algbw": size / 1e6, "p10": 1.0, "p90": 2.0} for size in (4, 1 << 20)]
+    plot(rows, "title", tmp_path_factory.mktemp("plot") / "a.png")
+
+
+@pytest.mark.process
+@pytest.mark.usefixtures("fonts")
+def test_an_algorithm_a_picture_and_a_least_bandwidth(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture, path = tmp_path / "found.png", tmp_path / "found.json"
+    options = ["--sizes", "4,64K", "--peers", "3", "--seconds", "0", "--no-atomic", "--against", "none", "--algorithm", "ring"]
+    assert run("bench", *options, "--plot", str(picture), "--min-busbw", "1000", "--json", str(path)) == FAILED
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["system"] for row in rows] == ["pccl ring"] * 2
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    complaints = [line for line in capsys.readouterr().err.splitlines() if "is below --min-busbw 1000" in line]
+    assert len(complaints) == 2
+    assert run("bench", *options, "--min-busbw", "1e-9") == 0
+
+
+def test_an_algorithm_that_there_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("bench", "broadcast", "--algorithm", "magic") == USAGE
+    shown = capsys.readouterr().err
+    assert "auto" in shown
+    assert "magic" in shown
+
+
+@pytest.mark.parametrize(("size", "text"), [(4, "4"), (1 << 10, "1K"), (1536, "1.5K"), (64 << 20, "64M"), (1 << 30, "1G")])
+def test_sizes_on_an_axis(size: int, text: str) -> None:
+    assert size_text(size) == text
 
 
 @pytest.mark.process

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pccl
 from pccl.tools.bench.crew import Crew, crew
 from pccl.tools.bench.report import Report, spread
+from pccl.tools.bench.systems import How
 
 TURN = 0.05
 """Seconds that a turn of the slowest side is to take."""
@@ -26,7 +28,23 @@ class Side(NamedTuple):
 
     label: str
     system: str
-    how: dict[str, bool]
+    how: How
+
+
+@dataclass
+class Found:
+    """What was measured of a side."""
+
+    times: list[float] = field(default_factory=list)
+    """Seconds that each call took the member that needed longest."""
+    cpu: float = 0.0
+    """Seconds of CPU time that they took all members' processes together."""
+
+    def add(self, answers: Iterable[dict[str, Any]]) -> None:
+        """A turn, as every member has seen it."""
+        answers = list(answers)
+        self.cpu += sum(answer["cpu"] for answer in answers)
+        self.times += [max(times) for times in zip(*(answer["times"] for answer in answers), strict=True)]
 
 
 class Case(NamedTuple):
@@ -44,27 +62,28 @@ def bus_factor(collective: str, peers: int) -> float:
     return {"all_reduce": 2 * (peers - 1) / peers, "broadcast": 1.0}.get(collective, (peers - 1) / peers)
 
 
-async def compare(team: Crew, sides: Sequence[Side], seconds: float) -> dict[str, list[float]]:
+async def compare(team: Crew, sides: Sequence[Side], seconds: float) -> dict[str, Found]:
     """Measure the sides by turns for so long. A call's time is that of the member that needs longest for it.
 
     The first turns warm up, and are not counted.
     """
-    times: dict[str, list[float]] = {side.label: [] for side in sides}
+    found = {side.label: Found() for side in sides}
     slowest = 0.0
     for side in sides:
-        slowest = max(slowest, (await _turn(team, side, 2))[-1])
+        first = Found()
+        first.add(await _turn(team, side, 2))
+        slowest = max(slowest, first.times[-1])
     count = max(1, min(LONGEST, int(TURN / slowest)))
     began, turns = time.perf_counter(), 0
     while turns < TURNS or time.perf_counter() - began < seconds:
         for side in sides:
-            times[side.label] += await _turn(team, side, count)
+            found[side.label].add(await _turn(team, side, count))
         turns += 1
-    return times
+    return found
 
 
-async def _turn(team: Crew, side: Side, count: int) -> list[float]:
-    found = await team.ask("run", system=side.system, how=side.how, count=count)
-    return [max(times) for times in zip(*found, strict=True)]
+async def _turn(team: Crew, side: Side, count: int) -> list[dict[str, Any]]:
+    return await team.ask("run", system=side.system, how=side.how, count=count)
 
 
 async def measure(report: Report, peers: Sequence[int], cases: Sequence[Case], sides: Sequence[Side], against: str | None) -> None:
@@ -87,10 +106,10 @@ async def _case(report: Report, team: Crew, case: Case, sides: Sequence[Side], a
     collective, size, dtype, op, seconds = case
     nbytes = (await team.ask("prepare", collective=collective, size=size, dtype=dtype, op=op))[0]
     wrong = {side.label: sum(await team.ask("check", system=side.system, how=side.how)) for side in sides}
-    times = await compare(team, sides, seconds)
-    found = {side.label: spread(times[side.label], MICROSECOND) for side in sides}
+    measured = await compare(team, sides, seconds)
+    found = {side.label: spread(measured[side.label].times, MICROSECOND) for side in sides}
     for side in sides:
-        figures = found[side.label]
+        figures, calls = found[side.label], measured[side.label]
         algbw = nbytes / (figures["median"] * 1e3)  # GB/s
         report.row(
             size=nbytes,
@@ -101,6 +120,7 @@ async def _case(report: Report, team: Crew, case: Case, sides: Sequence[Side], a
             **figures,
             algbw=algbw,
             busbw=algbw * bus_factor(collective, len(team.workers)),
+            cpu=calls.cpu / (len(calls.times) * nbytes / 1e9),
             ratio=found[against]["median"] / figures["median"] if against else None,
             wrong=wrong[side.label],
         )

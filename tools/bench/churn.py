@@ -51,7 +51,7 @@ def _buffers(size: int) -> dict[str, Any]:
 
 async def _strike(team: Crew, number: signal.Signals, chance: random.Random) -> dict[str, Any] | None:
     """Measure a few calls; send the signal during another one. None if that came too late."""
-    normal = statistics.median((await compare(team, [CALL], 0.0))["call"])
+    normal = statistics.median((await compare(team, [CALL], 0.0))["call"].times)
     workers = list(team.workers)
     victim = workers[chance.randrange(len(workers))]
     survivors = [worker for worker in workers if worker is not victim]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import signal
 from collections.abc import Coroutine
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from pccl.collectives.schedules.registry import algorithms
 from pccl.tools.bench.calls import Case, Side, measure
 from pccl.tools.bench.churn import equals, losses, newcomers
 from pccl.tools.bench.cost import master_cpu, memory
 from pccl.tools.bench.crew import BenchFailed
+from pccl.tools.bench.plot import plot as draw
 from pccl.tools.bench.report import MEDIAN, PEERS, SAMPLES, SIZE, WORST, Column, Report
 from pccl.tools.bench.systems import COLLECTIVES, DTYPES, OPS
 from pccl.tools.cli import FAILED
@@ -87,8 +90,10 @@ Atomic = Annotated[bool | None, typer.Option("--atomic/--no-atomic", help="Only 
 
 CALL_COLUMNS = (SIZE, Column("dtype", "type", 9), Column("op", "redop", 5), PEERS, Column("system", "system", 22), *MEDIAN)
 BANDWIDTH = (Column("algbw", "algbw", 8, ".3f"), Column("busbw", "busbw", 8, ".3f"))
+CPU = Column("cpu", "cpu s/GB", 9, ".3g")
 CALL_NOTES = (
     "times in us: the median, 10th and 90th percentile; of each call, the time of the peer that needed longest",
+    "cpu: seconds of CPU time of all peers together, for a buffer of 1 GB (1e9)",
     "algbw, busbw: GB/s (1e9) as in nccl-tests; the size is that of the larger buffer, of the whole and not of a share",
 )
 WRONG = Column("wrong", "#wrong", 6)
@@ -132,24 +137,40 @@ def _collective(collective: str) -> None:
         op: Op = "sum",
         dtype: Dtype = "float32",
         atomic: Atomic = None,
+        algorithm: Annotated[str, typer.Option(help="pccl's, for example ring; auto: what it chooses by itself.")] = "auto",
+        min_busbw: Annotated[float, typer.Option(min=0, metavar="GB/S", help="End with 1 if a row of pccl's has a lower busbw.")] = 0.0,
         seconds: Seconds = 3.0,
         json_file: Json = None,
+        plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the bandwidths there (PNG); needs matplotlib.")] = None,
     ) -> None:
         _one_of(op, tuple(OPS), "--op")
+        for count in peers:
+            _one_of(algorithm, ("auto", *algorithms(collective, count)), f"--algorithm with {count} peers")
         _one_of(dtype, DTYPES, "--dtype")
         torch = importlib.util.find_spec("torch") is not None
         other = _one_of(against or ("gloo" if torch else "none"), ("gloo", "none"), "--against")
         if other == "gloo" and not torch:
             raise typer.BadParameter("gloo comes with torch, which is not installed", param_hint="--against")
-        ours = [Side("pccl", "pccl", {"atomic": False})] if atomic is not True else []
-        ours += [Side("pccl atomic", "pccl", {"atomic": True})] if atomic is not False else []
+        if plot and importlib.util.find_spec("matplotlib") is None:
+            raise typer.BadParameter("matplotlib is not installed (pip install 'aiopccl[plot]')", param_hint="--plot")
+        by: dict[str, bool | str] = {} if algorithm == "auto" else {"algorithm": algorithm}
+        ours = [Side(" ".join(["pccl", *map(str, by.values())]), "pccl", {"atomic": False} | by)] if atomic is not True else []
+        ours += [Side(" ".join(["pccl atomic", *map(str, by.values())]), "pccl", {"atomic": True} | by)] if atomic is not False else []
         sides = [*ours, Side("gloo", "gloo", {})] if other == "gloo" else ours
         ratio = [Column("ratio", "x gloo", 7, ".2f")] if other == "gloo" else []
         notes = (*CALL_NOTES, "x gloo: how many times as fast as gloo") if ratio else CALL_NOTES
-        options = {"sizes": sizes, "peers": peers, "against": other, "op": op, "dtype": dtype, "atomic": atomic, "seconds": seconds}
-        report = Report(name, options, [*CALL_COLUMNS, *BANDWIDTH, *ratio, WRONG], notes)
+        asked = {"sizes": sizes, "peers": peers, "against": other, "op": op, "dtype": dtype, "atomic": atomic, "seconds": seconds}
+        report = Report(name, {**asked, "algorithm": algorithm}, [*CALL_COLUMNS, *BANDWIDTH, CPU, *ratio, WRONG], notes)
         cases = [Case(collective, size, dtype, op, seconds) for size in sizes]
         _measure(report, measure(report, peers, cases, sides, "gloo" if ratio else None), json_file)
+        if plot:
+            draw(report.rows, f"{name}, {dtype}, {os.cpu_count()} CPUs, over TCP on loopback", plot)
+        low = [row for row in report.rows if row["system"].startswith("pccl") and row["busbw"] < min_busbw]
+        for row in low:
+            text = f"pccl bench: busbw {row['busbw']:.3f} GB/s of {row['system']} with {row['peers']} peers at {row['size']} bytes"
+            typer.echo(f"{text} is below --min-busbw {min_busbw:g}", err=True)
+        if low:
+            raise typer.Exit(FAILED)
 
 
 for _name in COLLECTIVES:

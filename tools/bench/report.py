@@ -70,9 +70,9 @@ class Report:
 
 
 def spread(values: Sequence[float], unit: float) -> dict[str, Any]:
-    """Median, p10, p90, worst and number of some times in seconds, in a unit of so many seconds."""
-    low, middle, high = (float(v) / unit for v in np.percentile(values, [10, 50, 90]))
-    return {"median": middle, "p10": low, "p90": high, "worst": max(values) / unit, "samples": len(values)}
+    """Median, p10, p90, p99, worst and number of some times in seconds, in a unit of so many seconds."""
+    low, middle, high, highest = (float(v) / unit for v in np.percentile(values, [10, 50, 90, 99]))
+    return {"median": middle, "p10": low, "p90": high, "p99": highest, "worst": max(values) / unit, "samples": len(values)}
 
 
 MEDIAN = (Column("median", "median", 10, ".1f"), Column("p10", "p10", 10, ".1f"), Column("p90", "p90", 10, ".1f"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,6 +23,8 @@ HOLD = 0.005
 """Seconds that a busy caller holds the interpreter, and then does not."""
 
 Call = Callable[[], object]
+How = Mapping[str, bool | str]
+"""Keywords of a call"""
 
 
 class Buffers:
@@ -94,7 +96,7 @@ def _pattern(rank: int) -> list[int]:
 class System(Protocol):
     """Something that has collectives."""
 
-    def call(self, buffers: Buffers, **how: bool) -> Call:
+    def call(self, buffers: Buffers, **how: bool | str) -> Call:
         """The call to measure."""
 
     def barrier(self) -> None:
@@ -112,17 +114,20 @@ class Pccl:
         self._holding = HOLD * (1 + 0.1 * comm.rank)  # or all members would hold at the same time, or by turns
         self.close = comm.leave
 
-    def call(self, buffers: Buffers, **how: bool) -> Call:
-        """Atomic or not, out of place or not; `busy` says whether the caller holds the interpreter half of the time while it waits."""
+    def call(self, buffers: Buffers, **how: bool | str) -> Call:
+        """Atomic or not, out of place or not, by an algorithm; `busy` says whether the caller holds the interpreter half of the time."""
         function: Any = getattr(self._comm, buffers.collective)
-        atomic, busy = how.get("atomic", False), how.get("busy")
+        busy = how.get("busy")
+        keywords: dict[str, Any] = {"atomic": how.get("atomic", False)}
+        if "algorithm" in how:
+            keywords["algorithm"] = how["algorithm"]
         given: list[Any] = [buffers.x, buffers.op] if buffers.reduces else [buffers.x]
         out = {"out": buffers.y} if buffers.has_output or how.get("out") else {}
         if busy is None:
-            return lambda: function(*given, **out, atomic=atomic)
+            return lambda: function(*given, **out, **keywords)
         if busy:
-            return lambda: self._wait_busily(function(*given, **out, atomic=atomic, async_op=True))
-        return lambda: function(*given, **out, atomic=atomic, async_op=True).wait()
+            return lambda: self._wait_busily(function(*given, **out, **keywords, async_op=True))
+        return lambda: function(*given, **out, **keywords, async_op=True).wait()
 
     def _wait_busily(self, work: pccl.sync.Work) -> None:
         """Python code that computes and does not wait, HOLD after HOLD, in time with the clock and not with the calls."""
@@ -161,7 +166,7 @@ class Gloo:
         self.barrier = dist.barrier
         self.close = dist.destroy_process_group
 
-    def call(self, buffers: Buffers, **how: bool) -> Call:
+    def call(self, buffers: Buffers, **how: bool | str) -> Call:
         """The call to measure; gloo reduces in place only."""
         dist: Any = self._dist
         x, y = self._tensor(buffers.x), self._tensor(buffers.y)

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 import pccl
-from pccl.tools.bench.systems import Buffers, Gloo, Pccl, System
+from pccl.tools.bench.systems import Buffers, Gloo, How, Pccl, System
 from pccl.tools.parent import Parent
 
 PAUSE = 0.001
@@ -75,24 +75,25 @@ class Orders:
         self._buffers = Buffers(collective, size, dtype, op, self._comm.rank, self._comm.world_size)
         return self._buffers.nbytes
 
-    def check(self, system: str, how: dict[str, bool]) -> int:
+    def check(self, system: str, how: How) -> int:
         """Make a call; the result is the number of elements that are wrong."""
         call = self._systems[system].call(self._buffers, **how)
         self._buffers.fill()
         call()
-        return self._buffers.wrong(out_of_place=how.get("out", False))
+        return self._buffers.wrong(out_of_place=bool(how.get("out", False)))
 
-    def run(self, system: str, how: dict[str, bool], count: int) -> list[float]:
-        """Make so many calls; the result is how many seconds each took."""
+    def run(self, system: str, how: How, count: int) -> dict[str, Any]:
+        """Make so many calls; the result is how many seconds each took, and how many of CPU time all of them."""
         call = self._systems[system].call(self._buffers, **how)
         self._buffers.clear()
         self._systems[system].barrier()
         times = []
+        cpu = time.process_time()
         for _ in range(count):
             began = time.perf_counter()
             call()
             times.append(time.perf_counter() - began)
-        return times
+        return {"times": times, "cpu": time.process_time() - cpu}
 
     def strike(self, value: float) -> dict[str, Any]:
         """Make a call in which somebody is to die, and a second one if that fails."""
