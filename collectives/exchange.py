@@ -176,6 +176,10 @@ class Exchange:
         for flow in self._flows.values():
             flow.halt(self)
 
+    def lacks(self, flow: Flow) -> bool:
+        """Who leaves has seen the commit."""
+        return False
+
     def in_stream(self, flow: Flow, header: Header) -> _Asks | _Blocks | None:
         """Requests and blocks."""
         if header.signature != self.signature or flow.uid not in self._flows or header.channel not in (ASK, BLOCK):

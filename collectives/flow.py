@@ -80,6 +80,9 @@ class Moving(Protocol):
     def halt(self) -> None:
         """Stop, and hold no memory."""
 
+    def lacks(self, flow: Flow) -> bool:
+        """Whether data of this peer has yet to come, however the call goes on."""
+
     def in_stream(self, flow: Flow, header: Header) -> Incoming | None:
         """The stream that a frame belongs to; None if it does not belong here."""
 

@@ -291,6 +291,10 @@ class Transfer:
 
     # --- what flows ask ---------------------------------------------------------------------------------------------
 
+    def lacks(self, flow: Flow) -> bool:
+        """The end of a stream."""
+        return any(stream.flow is flow and stream.position < stream.total for stream in self._ins.values())
+
     def in_stream(self, flow: Flow, header: Header) -> InStream | None:
         """The stream that a frame belongs to; None if it is not of the same call."""
         stream = self._ins.get((self._flows[flow], header.channel)) if flow in self._flows else None

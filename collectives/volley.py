@@ -142,6 +142,11 @@ class Volley:
         """It is over. It and its lanes know each other: without this, its memory would wait for the garbage collector."""
         self._lanes = {}
 
+    def lacks(self, flow: Flow) -> bool:
+        """Its frame."""
+        lane = self._lanes.get(flow)
+        return lane is not None and not lane.here
+
     def in_stream(self, flow: Flow, header: Header) -> Lane | None:
         """The peer's lane; None if the frame is not of the same call."""
         lane = self._lanes.get(flow)

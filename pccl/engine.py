@@ -426,7 +426,7 @@ class Engine:
         for m in view.members:
             flow = self.executor.flows.get(m.uid)
             if m.uid != mine and (flow is None or flow.link is None) and frozenset((m.uid, mine)) not in broken:
-                self._peer.link_lost(m.uid, "there is no link")
+                self._peer.link_lost(m.uid, "there is no link", lacking=False)
 
     def start(self, comm: int, record: Record) -> None:
         """Begin an attempt."""
@@ -595,11 +595,11 @@ class Engine:
         if op:
             self.mismatched(op, uid)
 
-    def flow_broken(self, uid: int, error: Exception) -> None:
-        """The link to a peer is gone."""
+    def flow_broken(self, uid: int, error: Exception, *, lacking: bool) -> None:
+        """The link to a peer is gone; data of it may have yet to come in a call that is under way."""
         self.poller.forget()
         if self._peer and self.error is None:
-            self._peer.link_lost(uid, str(error) or type(error).__name__)
+            self._peer.link_lost(uid, str(error) or type(error).__name__, lacking=lacking)
 
     def flush_lazy_soon(self) -> None:
         """Send lazy credits after a while."""
@@ -620,7 +620,7 @@ class Engine:
             for uid in self.executor.silent_flows(self.options.path_timeout):
                 flow = self.executor.flow(uid)
                 flow.detach()
-                self.flow_broken(uid, ConnectionError(f"nothing was acknowledged for {self.options.path_timeout:g} s"))
+                self.executor.link_lost(flow, ConnectionError(f"nothing was acknowledged for {self.options.path_timeout:g} s"))
         self._heart = self._loop.call_later(self.options.heartbeat_interval, self._beat)
 
     def _watch_deadlines(self) -> None:

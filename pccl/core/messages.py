@@ -249,6 +249,8 @@ class Complaint:
     epoch: Epoch
     uid: int
     detail: str
+    lacking: bool
+    """Data of that member has yet to come in a call."""
 
 
 # --- master to peer -------------------------------------------------------------------------------------------------

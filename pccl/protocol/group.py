@@ -105,8 +105,6 @@ class Group:
         """An update that waits for the group to be large enough."""
         self._relink: set[Link] = set()
         """Links that were complained of."""
-        self._cut_off: set[tuple[int, int]] = set()
-        """(member, leaver) whose link broke after the leaver had gone"""
         self._moved_at = 0.0
         self._ticked: float | None = None
         self._now = 0.0
@@ -144,7 +142,6 @@ class Group:
             ledger = self.ledgers[m.comm]
             if isinstance(m, Enter):
                 ledger.enter(peer.uid, m, now)
-                self._check_cut_off()
             elif isinstance(m, Done):
                 ledger.done(peer.uid, m, now)
             elif isinstance(m, Failed):
@@ -355,8 +352,8 @@ class Group:
         if peer.uid in root.leaving:
             return
         if m.uid in root.leaving:
-            self._cut_off.add((peer.uid, m.uid))
-            self._check_cut_off()
+            if m.lacking:  # that will not come: a leaver stays until the next update, but not then
+                self._lose(m.uid, f"{self.peers[m.uid].info.name} left, and its link broke before its data had come", left=True)
             return
         link = Link(min(peer.uid, m.uid), max(peer.uid, m.uid))
         if self._admission and any({link.low, link.high} == set(pair) for pair in self._admission.dials):
@@ -365,13 +362,6 @@ class Group:
         self._relink.add(link)
         if self._admission is None:
             self._stop_for_links()
-
-    def _check_cut_off(self) -> None:
-        """A leaver stays until the next update, but not if somebody lacks its data in a call without commit: that will not come."""
-        for uid, leaver in sorted(self._cut_off):
-            if any(ledger.lacks(uid, leaver) for ledger in self.ledgers.values()):
-                self._cut_off.discard((uid, leaver))
-                self._lose(leaver, f"{self.peers[leaver].info.name} left, and its link broke before its data had come", left=True)
 
     def _stop_for_links(self) -> None:
         for ledger in list(self.ledgers.values()):
@@ -509,7 +499,6 @@ class Group:
         ledger.install(self._next_epoch(), broken=broken, next_uid=self._next_uid, **how)  # type: ignore[arg-type]
         logger.info("group %r: epoch %s of communicator %d has %d members", self.name, ledger.epoch, ledger.comm, len(ledger.members))
         if ledger.comm == ROOT:
-            self._cut_off.clear()
             self.peers = {uid: self.peers[uid] for uid in ledger.members}
             self._resting = None
             for other in [x for x in self.ledgers.values() if x.phase is Phase.STOPPED]:

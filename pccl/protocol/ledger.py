@@ -215,12 +215,6 @@ class Ledger:
                     self._entered(claimant, call)
                 self._check_done(call)
 
-    def lacks(self, uid: int, leaver: int) -> bool:
-        """Whether a member is in a call without commit that the leaver has ended for itself: its data may have been lost with its link."""
-        return leaver in self.leaving and any(
-            not c.verdict and c.flags & Flag.PLAIN and uid in c.claims and leaver in self.participants(c) for c in self.calls.values()
-        )
-
     def standing(self, uid: int, s: Standing) -> None:
         """A heartbeat says how far the member is."""
         if uid in self.members:

@@ -96,10 +96,10 @@ class Peer:
         """Every link of an admission that was to be dialled is made, but for those to `failed`."""
         self.host.send(Ready(admission, failed))
 
-    def link_lost(self, uid: int, detail: str) -> None:
-        """A link broke, or is missing."""
+    def link_lost(self, uid: int, detail: str, *, lacking: bool) -> None:
+        """A link broke, or is missing; in a call that is under way data of that member may have yet to come."""
         if self.standpoint is Standpoint.MEMBER and any(m.uid == uid for m in self.root.view.members):
-            self.host.send(Complaint(self.root.epoch, uid, detail))
+            self.host.send(Complaint(self.root.epoch, uid, detail, lacking))
 
     def receive(self, m: object, now: float) -> None:
         """A message from the master."""

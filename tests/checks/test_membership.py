@@ -226,3 +226,22 @@ async def test_a_loop_that_does_not_fit_ends_in_an_error_for_the_newcomer_and_th
         assert all("all_reduce(float64[5], sum)" in str(e) and "all_reduce(float64[3], sum)" in str(e) for e in found)
         assert all((x == 1).all() for x in tensors)
         await sync([*comms, new], [{}] * 3)
+
+
+async def test_a_member_that_leaves_early_takes_its_data_from_nobody() -> None:
+    """A plain call in which one member has nothing more to do than send: it goes, and the root waits for another one."""
+    async with group(3) as comms:
+        leaver, root, late = comms
+        pairs = await each(comm.subgroup([1, 2]) for comm in comms)
+        x, out = np.full(4, 1.0), np.zeros((3, 4))
+        gathering = asyncio.create_task(root.gather(x, root=1, out=out, atomic=False))
+        await leaver.gather(x + 1, root=1, atomic=False)
+        await until(lambda: root._runtime.engine.executor.progress)  # it has come
+        await leaver.leave()
+        flows = root._runtime.engine.executor.flows
+        await until(lambda: any(flow.link is None for flow in flows.values()) or len(flows) == 1)
+        await until(lambda: all(op.announced for op in root._runtime.engine._in_flight))
+        await each(pair.barrier() for pair in pairs if pair)  # by then the master has heard all that the root had to say
+        await late.gather(x + 2, root=1, atomic=False)
+        await gathering
+        assert [list(row) for row in out] == [[2.0] * 4, [1.0] * 4, [3.0] * 4]

@@ -164,7 +164,7 @@ class Peer:
     def transfer_mismatch(self, transfer: Transfer, uid: int) -> None:
         raise AssertionError("both made the same call")
 
-    def flow_broken(self, uid: int, error: Exception) -> None:
+    def flow_broken(self, uid: int, error: Exception, *, lacking: bool) -> None:
         self.broken.append(error)
 
     def flush_lazy_soon(self) -> None:

@@ -227,7 +227,7 @@ class Adversary:
     def complain(self, n: Node) -> None:
         self.limits.links -= 1
         other = self.random.choice([m.uid for m in n.peer.root.view.members if m.uid != n.peer.uid])
-        n.peer.link_lost(other, "test")
+        n.peer.link_lost(other, "test", lacking=False)
 
 
 TEXTS = ("c", "uc", "cu", "r", "ur", "rc", "t", "ut", "urc", "ucr", "pc", "p", "us", "usr", "utr", "usx", "sxc", "sx")

@@ -288,7 +288,7 @@ def test_a_complaint_has_the_link_made_again_and_the_call_ends() -> None:
     c = Cluster("ABC")
     calls = [n.call(Call(retry=n.name == "A")) for n in c.nodes[:1]] + [c[name].call(Call(retry=True)) for name in "BC"]
     before = len(c["A"].links)
-    c["A"].peer.link_lost(1, "broken pipe")
+    c["A"].peer.link_lost(1, "broken pipe", lacking=False)
     c.run()
     assert len(c["A"].links) == before + 1
     assert c["A"].links[-1].accept == (1,)  # the younger dials
@@ -340,8 +340,8 @@ def test_when_the_one_between_two_others_goes_their_link_is_made_again(goes: str
 def test_one_that_reaches_nobody_any_more_has_to_go() -> None:
     c = Cluster("ABC")
     c.unreachable = {(a, b) for a in range(3) for b in range(3) if 2 in (a, b)}
-    c["A"].peer.link_lost(2, "broken pipe")
-    c["B"].peer.link_lost(2, "broken pipe")
+    c["A"].peer.link_lost(2, "broken pipe", lacking=False)
+    c["B"].peer.link_lost(2, "broken pipe", lacking=False)
     c.run()
     assert [n.member for n in c.nodes] == [True, True, False]
     assert c["C"].ended == "it can reach too few members of the group"
@@ -352,7 +352,7 @@ def test_one_that_reaches_nobody_any_more_has_to_go() -> None:
 
 def test_complaints_of_another_epoch_or_about_strangers_change_nothing() -> None:
     c = Cluster("AB")
-    for m in (Complaint(Epoch(1, 1, 0), 1, "late"), Complaint(Epoch(1, 1, 1), 9, "who?")):
+    for m in (Complaint(Epoch(1, 1, 0), 1, "late", False), Complaint(Epoch(1, 1, 1), 9, "who?", False)):
         c.group.receive(c["A"].conn, m, c.now)
     assert not c.group.outbox
     assert collective(c, "A", "B") == [True, True]
@@ -829,7 +829,7 @@ def test_a_link_that_breaks_while_newcomers_come_in_is_made_again_although_the_u
     c.run()
     updates = [c[name].update() for name in "ABC"]
     until_links_are_made(c)
-    c["A"].peer.link_lost(1, "broken pipe")
+    c["A"].peer.link_lost(1, "broken pipe", lacking=False)
     while c.to_master(c["A"]):
         pass
     before = len(c["A"].links)
