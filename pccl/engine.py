@@ -574,7 +574,8 @@ class Engine:
             self.executor.leave_epoch(left.epoch, [m.uid for m in left.view.members])
         if self._leaving and not self._left and not any(c.in_flight for c in comms.values()):
             self._left = True
-            comms[ROOT].leave()
+            for comm in sorted(comms, reverse=True):  # the root at last: that is the end
+                comms[comm].leave()
 
     # --- executor ---------------------------------------------------------------------------------------------------
 

@@ -235,11 +235,13 @@ class Ready:
 
 @message(9)
 class Leave:
-    """The member leaves the communicator in the place of its update `index`."""
+    """The member leaves the communicator in the place of its update `index`; all calls that it has made are over for it."""
 
     comm: int
     epoch: Epoch
     index: int
+    uses: tuple[TagUse, ...]
+    """Of the tags, and with the members, that it has made calls with"""
 
 
 @message(10)
@@ -362,13 +364,14 @@ class Agreed:
 
 @message(39)
 class Leaving:
-    """A member leaves in the place of this index; a collective there or later cannot run with it."""
+    """A member leaves in the place of this index; calls that it has not made cannot run with it."""
 
     rid: int
     comm: int
     epoch: Epoch
     uid: int
     index: int
+    uses: tuple[TagUse, ...]
 
 
 @message(40)

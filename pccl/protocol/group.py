@@ -298,7 +298,7 @@ class Group:
             self._by_conn.pop(peer.conn, None)
             peer.conn = None
             for other in list(self.ledgers.values()):
-                other.leave(peer.uid, m if other is ledger else Leave(other.comm, other.epoch, -1))
+                other.leave(peer.uid, m if other is ledger else Leave(other.comm, other.epoch, -1, ()))
             if ledger.phase is not Phase.RUN:  # it will not report any more
                 self._lose(peer.uid, f"{peer.info.name} left", left=True)
         else:

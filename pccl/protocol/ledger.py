@@ -39,6 +39,7 @@ from pccl.core.messages import (
 )
 from pccl.core.types import CallId, Epoch, Member
 from pccl.protocol.decide import Failure, Ruling, decide
+from pccl.protocol.departure import Departure
 
 MISMATCH_LINGER = 0.1
 """Seconds that a mismatch waits for the other members' claims, so that the error can name all sides."""
@@ -123,8 +124,7 @@ class Ledger:
         self.min_world_size = min_world_size
         self.phase = Phase.RUN
         self.calls: dict[CallId, Call] = {}
-        self.leaving: dict[int, int] = {}
-        """uid -> index of the update in whose place it leaves"""
+        self.leaving: dict[int, Departure] = {}
         self.lost: dict[int, Member] = {}
         self.left: dict[int, Member] = {}
         self.reports: dict[int, CommReport] = {}
@@ -207,8 +207,9 @@ class Ledger:
         """A member leaves in the place of its update `m.index`."""
         if uid not in self.members or uid in self.leaving:
             return
-        self.leaving[uid] = m.index
-        self.host.send([u for u in self.members if u not in self.leaving], Leaving(self.host.rid, self.comm, self.epoch, uid, m.index))
+        self.leaving[uid] = Departure(m.index, m.uses)
+        others = [u for u in self.members if u not in self.leaving]
+        self.host.send(others, Leaving(self.host.rid, self.comm, self.epoch, uid, m.index, m.uses))
         if self.phase is Phase.RUN:
             for call in [c for c in self.calls.values() if not c.verdict]:
                 for claimant in [u for u in call.claims if u in self.members]:
@@ -453,7 +454,9 @@ class Ledger:
         if call.id.pair:
             return {u: self.members[u] for u in call.id.pair if u in self.members}
         if self.leaving:
-            return {u: m for u, m in self.members.items() if not (u in self.leaving and call.untagged and call.id.n >= self.leaving[u])}
+            return {
+                u: m for u, m in self.members.items() if not (u in self.leaving and call.untagged and not self.leaving[u].made(call.id))
+            }
         return self.members
 
     # --- inside -----------------------------------------------------------------------------------------------------
@@ -505,7 +508,7 @@ class Ledger:
                 self.abort(call, Reason.LOSS, "a peer was lost or left before this call")
                 return
             self._rule(call, "N")
-        late = [u for u, index in self.leaving.items() if (call.id.n >= index if call.untagged else u in (call.id.pair or self.members))]
+        late = [u for u, departure in self.leaving.items() if u in (call.id.pair or self.members) and not departure.made(call.id)]
         if late and call.asks is not UpdateAsk:
             for leaver in late:
                 self.drop(leaver, left=True, detail="a member left")

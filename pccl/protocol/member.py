@@ -33,6 +33,7 @@ from pccl.core.messages import (
     Verdict,
 )
 from pccl.core.types import CallId, Epoch, Pair, Tag, View
+from pccl.protocol.departure import Departure
 from pccl.protocol.record import MOVING, OPEN, Host, Op, Outcome, Record, State, Stored
 
 ANNOUNCE_AFTER = 0.01
@@ -98,7 +99,7 @@ class Membership:
         self._expired: list[Record] = []
         """Calls that their own member has ended, or wants to end"""
         self._update: Record | None = None
-        self._leaving: dict[int, int] = {}
+        self._leaving: dict[int, Departure] = {}
         self._left = False
         self._news = False
         self._floor = 0
@@ -188,7 +189,7 @@ class Membership:
     def leave(self) -> None:
         """Leave in the place of the next update; no call is open."""
         self._left = True
-        self.host.send(Leave(self.comm, self.epoch, self.next_index))
+        self.host.send(Leave(self.comm, self.epoch, self.next_index, self._tag_uses()))
 
     # --- what the master says ---------------------------------------------------------------------------------------
 
@@ -216,7 +217,7 @@ class Membership:
                 record.payload = m.payload
                 self.host.agreed(self.comm, record, m.payload)
         elif isinstance(m, Leaving) and m.epoch == self.epoch:
-            self._leaving[m.uid] = m.index
+            self._leaving[m.uid] = Departure(m.index, m.uses)
 
     def stop(self) -> CommReport:
         """Stop every call, and say what there is to say about each."""
@@ -230,14 +231,13 @@ class Membership:
         for r in self._records.values():
             payload = r.payload or (r.op.payload() if r.state in (State.DONE, State.OVERDUE) else b"")
             calls.append(CallReport(r.id, letters.get(r.state, "R"), r.number, r.waiting, r.admitted, payload))
-        tags = tuple(TagUse(tag, pair, n) for (tag, pair), n in self._uses.items())
         return CommReport(
             self.comm,
             self.epoch,
             self.view.members,
             self.view.min_world_size,
             self.next_index,
-            tags,
+            self._tag_uses(),
             tuple(calls),
             self.broken,
             self.next_uid,
@@ -396,13 +396,8 @@ class Membership:
         return call.n >= self._floor_uses.get((call.tag, call.pair), 0)
 
     def _meets_leaver(self, record: Record) -> bool:
-        for uid, index in self._leaving.items():
-            if record.id.pair:
-                if uid in record.id.pair:
-                    return True
-            elif not record.untagged or record.id.n >= index:
-                return True
-        return False
+        pair = record.id.pair
+        return any((pair is None or uid in pair) and not departure.made(record.id) for uid, departure in self._leaving.items())
 
     def _release(self, now: float) -> None:
         """Held calls may begin once nothing holds them."""
@@ -542,6 +537,9 @@ class Membership:
             self._pay(record, Outcome(False, self.view, *record.expired, by=self.uid))
         if any(r.state in OPEN and r.expired_at + self._takeover_timeout <= now for r in self._expired):
             self.host.give_up("no verdict")
+
+    def _tag_uses(self) -> tuple[TagUse, ...]:
+        return tuple(TagUse(tag, pair, n) for (tag, pair), n in self._uses.items())
 
     def update_ask(self) -> bytes:
         """The payload of an update."""

@@ -400,7 +400,7 @@ def test_a_collective_after_a_leave_that_makes_the_group_too_small() -> None:
 
 def test_a_leave_of_another_term_is_nobodys() -> None:
     c = Cluster("AB")
-    c.group.receive(c["A"].conn, Leave(ROOT, Epoch(7, 7, 7), 0), c.now)
+    c.group.receive(c["A"].conn, Leave(ROOT, Epoch(7, 7, 7), 0, ()), c.now)
     assert not c.group.outbox
     assert collective(c, "A", "B") == [True, True]
 

@@ -344,3 +344,31 @@ def test_who_lacks_a_leavers_data_in_a_call_without_commit_does_not_wait_for_it(
     c.run()
     assert all(update.outcome and update.outcome.committed for update in updates)
     assert [m.name for m in c["A"].peer.root.view.members] == ["A", "B"]
+
+
+@pytest.mark.parametrize("tag", [None, "t"])
+@pytest.mark.parametrize("made", [False, True])
+def test_a_leaver_is_in_the_calls_that_it_has_made_and_in_no_others(tag: str | None, made: bool) -> None:
+    """Without commit it may go while others are still in a call."""
+    c = Cluster("ABC")
+    c.run()
+    for _ in range(2):
+        for n in c.nodes:
+            n.call(Call(tag="t"))
+        c.run()
+    if made:
+        c["C"].complete(c["C"].call(Call(tag=tag, atomic=False)))
+    c["C"].leave()
+    c.pump()
+    calls = [c[name].call(Call(tag=tag, atomic=False)) for name in "AB"]
+    c.pump()
+    c.tick(0.02)
+    c.pump()
+    if made:
+        assert [x.record.state for x in calls] == [State.RUNNING] * 2
+        for name, call in zip("AB", calls, strict=True):
+            c[name].complete(call)
+        assert all(x.outcome and x.outcome.committed for x in calls)
+    else:
+        c.run()
+        assert [x.outcome.reason for x in calls if x.outcome] == [Reason.LOSS] * 2
