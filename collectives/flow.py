@@ -225,7 +225,13 @@ class Flow:
         self.link = link
 
     def detach(self) -> None:
-        """The link is gone."""
+        """Go without a link, and without what came over it."""
+        self._cut()
+        self._early.clear()
+        self._early_bytes = 0
+        self._credits.clear()
+
+    def _cut(self) -> None:
         link, self.link = self.link, None
         if link:
             link.close()
@@ -236,9 +242,6 @@ class Flow:
         self._lazy.clear()
         self._shares.clear()
         self._share_total = 0
-        self._early.clear()
-        self._early_bytes = 0
-        self._credits.clear()
         self._unwanted.clear()
 
     def wake(self) -> None:
@@ -372,10 +375,12 @@ class Flow:
             stream.arrived()
 
     def link_lost(self, link: Link, error: Exception) -> None:
-        """The link broke."""
+        """The link broke. Frames that came whole before are as good as ever: calls of a peer that left need no more."""
         if link is self.link:
             self.link = None
-            self.detach()
+            if isinstance(self._incoming, bytearray):
+                self._early_bytes -= len(self._incoming) + FRAME_OVERHEAD
+            self._cut()
             self._host.link_lost(self, error)
 
     def _breach(self, what: str) -> None:

@@ -230,20 +230,27 @@ async def test_a_loop_that_does_not_fit_ends_in_an_error_for_the_newcomer_and_th
 
 @pytest.mark.parametrize("tag", [None, "gather"])
 @pytest.mark.parametrize("sub", [False, True])
-async def test_a_member_that_leaves_early_takes_its_data_from_nobody(sub: bool, tag: str | None) -> None:
-    """A plain call in which one member has nothing more to do than send: it goes, and the root waits for another one."""
+@pytest.mark.parametrize("early", [False, True], ids=["root waits", "root is late"])
+async def test_a_member_that_leaves_early_takes_its_data_from_nobody(early: bool, sub: bool, tag: str | None) -> None:
+    """A plain call in which one member has nothing more to do than send: it goes, and the root, or another one, comes later."""
     async with group(3) as comms:
         leaver, root, _ = comms
         pairs = await each(comm.subgroup([1, 2]) for comm in comms)
         those = await each(comm.subgroup([0, 1, 2]) for comm in comms) if sub else comms
         x, out = np.full(4, 1.0), np.zeros((3, 4))
-        gathering = asyncio.create_task(those[1].gather(x, root=1, out=out, atomic=False, tag=tag))
+        engine = root._runtime.engine
+        flow = engine.executor.flows[leaver._uid()]
+
+        def gather() -> asyncio.Task[Any]:
+            return asyncio.create_task(those[1].gather(x, root=1, out=out, atomic=False, tag=tag))
+
+        gathering = None if early else gather()
         await those[0].gather(x + 1, root=1, atomic=False, tag=tag)
-        await until(lambda: root._runtime.engine.executor.progress)  # it has come
+        await until(lambda: flow._early if early else engine.executor.progress)  # it has come
         await leaver.leave()
-        flows = root._runtime.engine.executor.flows
-        await until(lambda: any(flow.link is None for flow in flows.values()) or len(flows) == 1)
-        await until(lambda: all(op.announced for op in root._runtime.engine._in_flight))
+        await until(lambda: flow.link is None)
+        gathering = gathering or gather()
+        await until(lambda: engine._in_flight and all(op.announced for op in engine._in_flight))
         await each(pair.barrier() for pair in pairs if pair)  # by then the master has heard all that the root had to say
         await those[2].gather(x + 2, root=1, atomic=False, tag=tag)
         await gathering
