@@ -57,8 +57,6 @@ class Executor:
         """Payload bytes sent and received so far"""
         self.flows: dict[int, Flow] = {}
         self._host = host
-        self._cut_off: dict[Flow, None] = {}
-        """Flows whose link broke, though they may have another one by now"""
         self._transfers: dict[CallKey, Moving] = {}
         self._epochs: set[Epoch] = set()
         """The present ones of all communicators"""
@@ -83,13 +81,12 @@ class Executor:
         flow = self.flows.pop(uid, None)
         if flow:
             flow.detach()
-            self._cut_off.pop(flow, None)
 
     def start(self, transfer: Moving) -> None:
         """Run a transfer."""
         self._transfers[transfer.key] = transfer
         transfer.start()
-        for flow in [f for f in self._cut_off if f.link is None and transfer.lacks(f)]:
+        for flow in [f for f in self.flows.values() if f.link is None and transfer.lacks(f)]:
             self._host.flow_broken(flow.uid, ConnectionError("there is no link"), lacking=True)
         self._host.flush_lazy_soon()
         self.flush()
@@ -200,7 +197,6 @@ class Executor:
 
     def link_lost(self, flow: Flow, error: Exception) -> None:
         """A link broke."""
-        self._cut_off[flow] = None
         self._host.flow_broken(flow.uid, error, lacking=any(transfer.lacks(flow) for transfer in self._transfers.values()))
 
     def needs_flush(self, flow: Flow) -> None:

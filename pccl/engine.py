@@ -214,32 +214,39 @@ class Engine:
             op = make()
             self.submit(op)
         else:
-            info, self._express = None, call
+            self._express = call
             try:
                 info = call.run(patience, at_most)
             except Exception as e:
-                if call.op is None:
-                    raise
+                if call.settled and call.op is None:  # the result is here, and cannot be handed over
+                    part.release(self)
+                    raise self._reason(part, e) from e
+                call.become_operation()
+                assert call.op
                 call.op.reason = self._reason(call.op, e)
                 self.fail(call.op, str(call.op.reason))
+            else:
+                if call.op is None:
+                    return info
             finally:
                 self._express = None
-            if call.op is None:
-                return info
             op = call.op
         self.poller.serve(op, patience, at_most)
         return None
 
-    def resume(self, op: Collective, transfer: Moving, membership: Membership) -> None:
+    def resume(self, op: Collective, transfer: Moving | None, membership: Membership) -> None:
         """Take on a call that was begun without an operation."""
         self._in_flight[op] = None
-        self._running[transfer] = op
+        if transfer:
+            self._running[transfer] = op
         self._set_deadline(op)
         self._arm(membership)
 
     def ended(self, op: Operation) -> None:
         """The call's caller has been told."""
         self._in_flight.pop(op, None)
+        if (self._leaving or self._leaving_subs) and self.error is None:
+            self._loop.call_soon(self._try_leave)
 
     def expire(self, op: Operation) -> None:
         """The call's deadline has passed."""
@@ -445,7 +452,7 @@ class Engine:
             return False
         return True
 
-    def _reason(self, op: Operation, error: Exception) -> PcclError:
+    def _reason(self, op: Operation | Part, error: Exception) -> PcclError:
         """What the caller gets for an error that has come up here."""
         if isinstance(error, PcclError):
             return error

@@ -36,13 +36,14 @@ class Express:
     def __init__(self, engine: Engine, membership: Membership, part: Part, make: Callable[[], Collective]) -> None:
         self.settled = False
         """Nothing is left to do here: it is done, or an operation"""
-        self.transfer: Moving
+        self.transfer: Moving | None = None
         self.op: Collective | None = None
         self._engine = engine
         self._membership = membership
         self._part = part
         self._make = make
         self._view = membership.view
+        self._index = membership.next_index
         self._began = engine.now()
 
     @classmethod
@@ -64,15 +65,12 @@ class Express:
         """Make the call; None if it has become an operation, which may still be under way."""
         engine, membership, part, view = self._engine, self._membership, self._part, self._view
         part.done = False
-        key = CallKey(view.epoch, membership.next_index, 0)
-        self.transfer = part.begin(engine, view, key, membership.broken, atomic=False)
         membership.next_index += 1
-        try:
-            engine.executor.start(self.transfer)
-            engine.poller.serve(self, patience, at_most)
-        finally:
-            if not part.done:
-                self.become_operation()
+        self.transfer = part.begin(engine, view, CallKey(view.epoch, self._index, 0), membership.broken, atomic=False)
+        engine.executor.start(self.transfer)
+        engine.poller.serve(self, patience, at_most)
+        if not part.done:
+            self.become_operation()
         return None if self.op else part.commit(engine, view, self._began, 1)
 
     def transfer_done(self) -> None:
@@ -86,7 +84,7 @@ class Express:
         self.settled = True
         self.op = self._make()
         self.op.resume(self._engine, self._view, self._began)
-        self._membership.resume(self.op.record, CallId(None, self.transfer.key.call), self._engine.time())
+        self._membership.resume(self.op.record, CallId(None, self._index), self._engine.time())
         self._engine.resume(self.op, self.transfer, self._membership)
 
 

@@ -12,6 +12,7 @@ import pytest
 
 import pccl
 from pccl import sync
+from pccl.calls import Part
 from pccl.express import Express
 from pccl.sync import Work
 from tests.checks.support import in_threads
@@ -184,26 +185,62 @@ def test_an_exception_of_a_signal_handler_ends_the_call() -> None:
         assert reduce(comm) == 2
 
 
-def test_an_error_on_the_way_ends_the_call_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here in the middle of its start."""
+@pytest.mark.parametrize("where", ["begin", "start", "commit"])
+def test_an_error_on_the_way(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caller hears of it, and the others do not wait; if it comes at the end, they have their results."""
+    failed = threading.Event()
 
     def other(comm: sync.Communicator) -> None:
-        with pytest.raises(pccl.CollectiveAborted, match="main could not go on with it"):
-            reduce(comm)
+        if where == "commit":
+            assert reduce(comm) == 2
+        else:
+            with pytest.raises(pccl.CollectiveAborted, match="main could not go on with it"):
+                reduce(comm)
+        assert failed.wait(30)
         assert reduce(comm) == 2
 
     with pair(other) as comm:
-        executor = comm._runtime.engine.executor
-        start = executor.start
+        engine = comm._runtime.engine
+        owner, name = (engine.executor, "start") if where == "start" else (Part, where)
+        original = getattr(owner, name)
 
-        def failing(*args: Any) -> None:
-            executor.start = start  # type: ignore[method-assign]
+        def failing(*args: Any, **how: Any) -> Any:
+            if owner is Part and engine not in args:
+                return original(*args, **how)
             raise MemoryError("no memory")
 
-        executor.start = failing  # type: ignore[method-assign]
-        with pytest.raises(pccl.InternalError, match="no memory"):
-            reduce(comm)
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, failing)
+            with pytest.raises(pccl.InternalError, match="no memory"):
+                reduce(comm)
+        failed.set()
         assert reduce(comm) == 2
+
+
+def test_who_leaves_with_a_plain_call_under_way_leaves_when_that_has_ended() -> None:
+    """It ends by what its peers send, without a word of the master."""
+    leaving = threading.Event()
+
+    def other(comm: sync.Communicator) -> None:
+        assert leaving.wait(30)
+        assert reduce(comm) == 2
+        while comm.world_size > 1:
+            gone = comm.update()
+        assert [m.name for m in gone.left] == ["main"]
+        assert not gone.lost
+
+    with pair(other) as comm:
+        work = comm.all_reduce(np.ones(3, np.float32), atomic=False, async_op=True)
+        engine = comm._runtime.engine
+        try_leave = engine._try_leave
+
+        def trying() -> None:
+            try_leave()
+            leaving.set()
+
+        engine._try_leave = trying  # type: ignore[method-assign]
+        comm.leave()
+        assert work.wait().out[0] == 2
 
 
 def test_several_threads_at_once() -> None:

@@ -85,9 +85,9 @@ class Group:
         """Members, and newcomers of the admission under way, by uid."""
         self.pending: list[Peer] = []
         self.broken: set[Link] = set()
-        self._mended: set[Link] = set()
-        """Of these, those that communicators other than the root still go without"""
         """Pairs of members that go on without a link."""
+        self._mended: set[Link] = set()
+        """Pairs that have one again, of which communicators other than the root have not heard"""
         self._options = options
         self._random_bytes = random_bytes
         self._recover_until = recover_until
@@ -297,13 +297,20 @@ class Group:
             self.send([peer.uid], Gone(self.rid, Reason.LEFT, "it left"))
             self._by_conn.pop(peer.conn, None)
             peer.conn = None
-            for other in list(self.ledgers.values()):
-                other.leave(peer.uid, m if other is ledger else Leave(other.comm, other.epoch, -1, ()))
+            for sub in [x for x in self.ledgers.values() if x is not ledger]:
+                self._leave_sub(sub, peer.uid, Leave(sub.comm, sub.epoch, -1, ()))
+            ledger.leave(peer.uid, m)
             if ledger.phase is not Phase.RUN:  # it will not report any more
                 self._lose(peer.uid, f"{peer.info.name} left", left=True)
         else:
-            ledger.leave(peer.uid, m)
+            self._leave_sub(ledger, peer.uid, m)
         self._forget_empty()
+
+    def _leave_sub(self, ledger: Ledger, uid: int, m: Leave) -> None:
+        if ledger.phase is Phase.RUN:
+            ledger.leave(uid, m)
+        else:  # it will not report any more
+            ledger.drop(uid, left=True, detail="a member left")
 
     def _lose(self, uid: int, detail: str, *, left: bool = False) -> None:
         """A member, or a newcomer on its way in, is no more."""
@@ -315,6 +322,7 @@ class Group:
         admission = self._give_up_links(peer)
         root = self.root
         if root is None or uid not in root.members:
+            self._stop_for_links()  # that broke meanwhile
             if admission and admission.call and root and root.phase is Phase.RUN and not admission.call.verdict:
                 self.all_rest(root, admission.call)
             self._form()
@@ -436,6 +444,7 @@ class Group:
         admission = self._admission
         assert admission
         broken = admission.broken(self.broken)
+        self._mended |= self.broken - broken
         uids = [*self._staying(), *(p.uid for p in admission.newcomers)]
         out = outcasts(uids, broken)
         if out:
@@ -443,7 +452,6 @@ class Group:
             for uid in sorted(out):
                 self._evict(uid, Reason.LINK, "it can reach too few members of the group", left=False)
             return  # each loss has set in motion what follows
-        self._mended |= self.broken - broken
         self.broken, self._admission = broken, None
         if admission.call:
             self._end_update(admission.call, admission.newcomers)
@@ -501,13 +509,13 @@ class Group:
         if ledger.comm == ROOT:
             self.peers = {uid: self.peers[uid] for uid in ledger.members}
             self._resting = None
+            mended, self._mended = self._mended, set()
+            running = [x for x in self.ledgers.values() if x is not ledger and x.phase is Phase.RUN]
             for other in [x for x in self.ledgers.values() if x.phase is Phase.STOPPED]:
                 self._resume(other)
             self._stop_for_links()
-            mended, self._mended = self._mended, set()
-            for other in [x for x in self.ledgers.values() if any(link.low in x.members and link.high in x.members for link in mended)]:
-                if other is not ledger:
-                    other.stop(Reason.LINK, "a link between two members is there again")
+            for other in [x for x in running if any(link.low in x.members and link.high in x.members for link in mended)]:
+                other.stop(Reason.LINK, "a link between two members is there again")
 
     def _next_epoch(self) -> Epoch:
         self._number += 1

@@ -7,7 +7,7 @@ import pytest
 from pccl.core import codec
 from pccl.core.messages import PROTOCOL_VERSION, CallReport, Complaint, Hello, Leave, Link, PeerInfo, Reason, Refused, Report, SplitAsk
 from pccl.core.options import Options
-from pccl.core.types import CallId, Epoch
+from pccl.core.types import CallId, Epoch, View
 from pccl.protocol.admission import Admission
 from pccl.protocol.peer import ROOT, Standpoint
 from pccl.protocol.reach import gaps, outcasts
@@ -883,3 +883,108 @@ def test_a_call_in_the_place_of_an_update_that_others_skipped_is_a_mismatch_also
     calls = [c[name].call(Call(retry=True)) for name in "AB"]
     c.run()
     assert committed(*calls) == [True, True]
+
+
+def with_a_sub(c: Cluster, *inside: str) -> int:
+    """The number of a sub-communicator of these members; the others ask for none."""
+    for n in [n for n in c.nodes if n.member]:
+        n.call(Call("split()", retry=True, body=codec.encode(SplitAsk(0 if n.name in inside else None, 0))))
+    c.run()
+    return c[inside[0]].subs[0].comm
+
+
+def leave_sub(node: Node, sub: int) -> None:
+    """As the engine does."""
+    node.peer.comms.pop(sub).leave()
+
+
+def test_a_sub_communicator_that_is_left_while_it_stops_goes_on() -> None:
+    c = Cluster("ABCD")
+    sub = with_a_sub(c, *"ABCD")
+    c["D"].die()
+    c.notice(c["D"])
+    leave_sub(c["C"], sub)  # before it hears that it should stop
+    c.run()
+    calls = [c[name].call(Call(comm=sub, retry=True)) for name in "AB"]
+    c.run()
+    assert committed(*calls) == [True] * 2
+    assert collective(c, *"ABC")[0] is not None
+
+
+def test_a_member_that_leaves_the_group_while_a_sub_communicator_stops() -> None:
+    c = Cluster("ABC")
+    sub = with_a_sub(c, *"ABC")
+    leave_sub(c["A"], sub)
+    c.run()
+    stopped = c["B"].call(Call(comm=sub))  # cannot run with A
+    while c.to_master(c["B"]):
+        pass
+    c["C"].peer.comms[sub].leave()
+    c["C"].leave()
+    c.run()
+    assert committed(stopped) == [False]
+    alone = c["B"].call(Call(comm=sub))
+    c.run()
+    assert committed(alone) == [True]
+
+
+def test_a_link_that_breaks_while_newcomers_come_in_is_made_again_although_they_die() -> None:
+    c = Cluster("ABC")
+    c.add("J")
+    c.run()
+    updates = [c[name].update() for name in "ABC"]
+    until_links_are_made(c)
+    c["A"].peer.link_lost(1, "broken pipe", lacking=False)
+    while c.to_master(c["A"]):
+        pass
+    before = len(c["A"].links)
+    c["J"].die()
+    c.notice(c["J"])
+    c.run()
+    assert (1,) in [p.accept for p in c["A"].links[before:]]
+    assert None not in committed(*updates)
+
+
+def test_a_sub_communicator_hears_of_its_link_although_others_were_cast_out_for_theirs() -> None:
+    c = Cluster("AB")
+    c.add("J")
+    c.add("K")
+    c.run()
+    apart = {(a, b) for a in (0, 2, 3) for b in (0, 2, 3) if a != b}
+    c.unreachable = set(apart)
+    for name in "AB":
+        c[name].update()
+    c.run()
+    for name in "ABJK":
+        c[name].update()
+    with_a_sub(c, *"AJ")
+    (sub,) = c["A"].subs
+    assert Link(0, 2) in sub.broken
+    c.unreachable = {pair for pair in apart if 3 in pair}
+    c["B"].leave()
+    for _ in range(3):
+        for name in "AJK":
+            if c[name].member:
+                c[name].update()
+        c.run()
+    assert names(c["A"]) == "AJ"
+    assert Link(0, 2) not in sub.broken
+
+
+def test_a_sub_communicator_that_was_stopped_with_its_group_is_not_stopped_again_for_a_link() -> None:
+    c = with_a_gap()
+    comm = with_a_sub(c, *"ABJ")
+    (sub,) = c["A"].subs
+    epochs = []
+    changed = c["A"].epoch_changed
+
+    def noting(which: int, old: View, new: View) -> None:
+        if which == comm:
+            epochs.append((new.epoch, list(sub.broken)))
+        changed(which, old, new)
+
+    c["A"].epoch_changed = noting  # type: ignore[method-assign]
+    c["B"].die()
+    c.notice(c["B"])
+    c.run()
+    assert [broken for _, broken in epochs] == [[]]
