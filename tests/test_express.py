@@ -137,12 +137,16 @@ def test_members_whose_calls_do_not_match(works: list[Work]) -> None:
 
 
 def test_a_member_that_goes_while_another_one_waits_for_it() -> None:
+    one_done = threading.Event()
+
     def other(comm: sync.Communicator) -> None:
         assert reduce(comm) == 2
+        assert one_done.wait(30)
         comm.close()
 
     with pair(other) as comm:
         assert reduce(comm) == 2
+        one_done.set()
         with pytest.raises(pccl.CollectiveAborted) as caught:
             reduce(comm)
         assert caught.value.lost == ("other",)
