@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from pccl.core.messages import CallReport, CommReport, Decision, Reason, TagUse
 from pccl.core.types import CallId, Pair, Tag
+from pccl.protocol.progress import Progress
 
 Failure = tuple[int, str]
 """(Reason, detail) of a call that was ended before the epoch change."""
@@ -51,12 +52,11 @@ def decide(
     """
     seen = {uid: {c.call: c for c in r.calls} for uid, r in reports.items()}
     floor = max((r.next_index for r in reports.values()), default=0)
-    uses = {uid: {(t.tag, t.pair): t.uses for t in r.tags} for uid, r in reports.items()}
+    progress = {uid: Progress.of(r.next_index, r.tags) for uid, r in reports.items()}
+    uses = {uid: p.tagged for uid, p in progress.items()}
 
     def passed(uid: int, call: CallId) -> bool:
-        if call.tag is None and call.pair is None:
-            return call.n < reports[uid].next_index
-        return call.n < uses[uid].get((call.tag, call.pair), 0)
+        return progress[uid].passed(call)
 
     decisions: list[Decision] = []
     told: set[int] = set()  # survivors that a failing call will tell of the loss

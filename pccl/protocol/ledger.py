@@ -39,7 +39,7 @@ from pccl.core.messages import (
 )
 from pccl.core.types import CallId, Epoch, Member
 from pccl.protocol.decide import Failure, Ruling, decide
-from pccl.protocol.departure import Departure
+from pccl.protocol.progress import Progress
 
 MISMATCH_LINGER = 0.1
 """Seconds that a mismatch waits for the other members' claims, so that the error can name all sides."""
@@ -124,7 +124,8 @@ class Ledger:
         self.min_world_size = min_world_size
         self.phase = Phase.RUN
         self.calls: dict[CallId, Call] = {}
-        self.leaving: dict[int, Departure] = {}
+        self.leaving: dict[int, Progress] = {}
+        """Which calls those have made who leave in the place of the next update"""
         self.lost: dict[int, Member] = {}
         self.left: dict[int, Member] = {}
         self.reports: dict[int, CommReport] = {}
@@ -139,8 +140,8 @@ class Ledger:
         self._ruled: deque[CallId] = deque()
         self._news: set[int] = set()
         """Members whose next call is to tell them of a loss"""
-        self._floor = 0
-        self._uses: dict[tuple[object, object], int] = {}
+        self._entered_before = Progress()
+        """The survivors', when the epoch began"""
         self._skipped: dict[int, int] = {}
         """uid -> index of the last update that it is known to have skipped"""
 
@@ -207,7 +208,7 @@ class Ledger:
         """A member leaves in the place of its update `m.index`."""
         if uid not in self.members or uid in self.leaving:
             return
-        self.leaving[uid] = Departure(m.index, m.uses)
+        self.leaving[uid] = Progress.of(m.index, m.uses)
         others = [u for u in self.members if u not in self.leaving]
         self.host.send(others, Leaving(self.host.rid, self.comm, self.epoch, uid, m.index, m.uses))
         if self.phase is Phase.RUN:
@@ -412,8 +413,7 @@ class Ledger:
         self.calls = {d.call: self._kept(d) for d in decisions if d.verdict != "R"}
         self._ruled = deque(self.calls)
         self._news = set(self.members) if news else set()
-        self._floor = ruling.floor if ruling else 0
-        self._uses = {(t.tag, t.pair): t.uses for t in ruling.tags} if ruling else {}
+        self._entered_before = Progress.of(ruling.floor, ruling.tags) if ruling else Progress()
         self._acks = {uid: self._acks.get(uid, 0) for uid in self.members}
         self._sent = dict.fromkeys(self.members, self._seq)
         self._skipped = {}
@@ -455,7 +455,7 @@ class Ledger:
             return {u: self.members[u] for u in call.id.pair if u in self.members}
         if self.leaving:
             return {
-                u: m for u, m in self.members.items() if not (u in self.leaving and call.untagged and not self.leaving[u].made(call.id))
+                u: m for u, m in self.members.items() if not (u in self.leaving and call.untagged and not self.leaving[u].passed(call.id))
             }
         return self.members
 
@@ -508,7 +508,7 @@ class Ledger:
                 self.abort(call, Reason.LOSS, "a peer was lost or left before this call")
                 return
             self._rule(call, "N")
-        late = [u for u, departure in self.leaving.items() if u in (call.id.pair or self.members) and not departure.made(call.id)]
+        late = [u for u, progress in self.leaving.items() if u in (call.id.pair or self.members) and not progress.passed(call.id)]
         if late and call.asks is not UpdateAsk:
             for leaver in late:
                 self.drop(leaver, left=True, detail="a member left")
@@ -517,6 +517,4 @@ class Ledger:
 
     def _is_new(self, call: CallId) -> bool:
         """Whether no survivor had entered the call when the epoch began."""
-        if call.tag is None and call.pair is None:
-            return call.n >= self._floor
-        return call.n >= self._uses.get((call.tag, call.pair), 0)
+        return not self._entered_before.passed(call)

@@ -33,7 +33,7 @@ from pccl.core.messages import (
     Verdict,
 )
 from pccl.core.types import CallId, Epoch, Pair, Tag, View
-from pccl.protocol.departure import Departure
+from pccl.protocol.progress import Progress
 from pccl.protocol.record import MOVING, OPEN, Host, Op, Outcome, Record, State, Stored
 
 ANNOUNCE_AFTER = 0.01
@@ -99,11 +99,11 @@ class Membership:
         self._expired: list[Record] = []
         """Calls that their own member has ended, or wants to end"""
         self._update: Record | None = None
-        self._leaving: dict[int, Departure] = {}
+        self._leaving: dict[int, Progress] = {}
         self._left = False
         self._news = False
-        self._floor = 0
-        self._floor_uses: dict[tuple[Tag, Pair | None], int] = {}
+        self._entered_before = Progress()
+        """What some survivor had entered when the epoch began, as far as this one can tell"""
         self._max_in_flight = max_in_flight
         self._grace = grace
         self._takeover_timeout = takeover_timeout
@@ -217,7 +217,7 @@ class Membership:
                 record.payload = m.payload
                 self.host.agreed(self.comm, record, m.payload)
         elif isinstance(m, Leaving) and m.epoch == self.epoch:
-            self._leaving[m.uid] = Departure(m.index, m.uses)
+            self._leaving[m.uid] = Progress.of(m.index, m.uses)
 
     def stop(self) -> CommReport:
         """Stop every call, and say what there is to say about each."""
@@ -273,8 +273,7 @@ class Membership:
         self.host.epoch_changed(self.comm, old, self.view)  # which complains of links that are missing and not known to be broken
         self.ack = max(self.ack, m.seq)
         self._leaving = {}
-        self._news, self._floor = m.news, m.floor
-        self._floor_uses = dict(self._uses)
+        self._news, self._entered_before = m.news, Progress(m.floor, dict(self._uses))
         self.fresh = self.fresh or any(x.uid not in old_members for x in m.joined)
         again: list[Record] = []
         for d in m.decisions:
@@ -385,19 +384,15 @@ class Membership:
         return CallId(op.tag, n, op.pair)
 
     def _passed(self, call: CallId) -> bool:
-        if call.tag is None and call.pair is None:
-            return call.n < self.next_index
-        return call.n < self._uses.get((call.tag, call.pair), 0)
+        return Progress(self.next_index, self._uses).passed(call)
 
     def _is_new(self, call: CallId) -> bool:
         """Whether no survivor had entered the call when the epoch began, as far as this one can tell."""
-        if call.tag is None and call.pair is None:
-            return call.n >= self._floor
-        return call.n >= self._floor_uses.get((call.tag, call.pair), 0)
+        return not self._entered_before.passed(call)
 
     def _meets_leaver(self, record: Record) -> bool:
         pair = record.id.pair
-        return any((pair is None or uid in pair) and not departure.made(record.id) for uid, departure in self._leaving.items())
+        return any((pair is None or uid in pair) and not progress.passed(record.id) for uid, progress in self._leaving.items())
 
     def _release(self, now: float) -> None:
         """Held calls may begin once nothing holds them."""
