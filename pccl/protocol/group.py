@@ -86,8 +86,6 @@ class Group:
         self.pending: list[Peer] = []
         self.broken: set[Link] = set()
         """Pairs of members that go on without a link."""
-        self._mended: set[Link] = set()
-        """Pairs that have one again, of which communicators other than the root have not heard"""
         self._options = options
         self._random_bytes = random_bytes
         self._recover_until = recover_until
@@ -245,7 +243,8 @@ class Group:
         for color in sorted({a.color for a in splits.values() if a.color is not None}):
             uids = sorted((u for u, a in splits.items() if a.color == color), key=lambda u: (splits[u].order, ranks[u]))
             epoch = self._next_epoch()
-            self.ledgers[epoch.number] = Ledger(self, epoch.number, epoch, [ledger.members[u] for u in uids])
+            self.ledgers[epoch.number] = sub = Ledger(self, epoch.number, epoch, [ledger.members[u] for u in uids])
+            sub.broken = ledger.broken
             made.append(SubComm(epoch.number, epoch, tuple(uids)))
         return codec.encode(SplitResult(tuple(made)))
 
@@ -444,7 +443,6 @@ class Group:
         admission = self._admission
         assert admission
         broken = admission.broken(self.broken)
-        self._mended |= self.broken - broken
         uids = [*self._staying(), *(p.uid for p in admission.newcomers)]
         out = outcasts(uids, broken)
         if out:
@@ -509,13 +507,12 @@ class Group:
         if ledger.comm == ROOT:
             self.peers = {uid: self.peers[uid] for uid in ledger.members}
             self._resting = None
-            mended, self._mended = self._mended, set()
-            running = [x for x in self.ledgers.values() if x is not ledger and x.phase is Phase.RUN]
             for other in [x for x in self.ledgers.values() if x.phase is Phase.STOPPED]:
                 self._resume(other)
             self._stop_for_links()
-            for other in [x for x in running if any(link.low in x.members and link.high in x.members for link in mended)]:
-                other.stop(Reason.LINK, "a link between two members is there again")
+            for other in list(self.ledgers.values()):
+                if any(link.low in other.members and link.high in other.members for link in set(other.broken) - self.broken):
+                    other.stop(Reason.LINK, "a link between two members is there again")
 
     def _next_epoch(self) -> Epoch:
         self._number += 1

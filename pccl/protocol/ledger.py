@@ -124,6 +124,8 @@ class Ledger:
         self.min_world_size = min_world_size
         self.phase = Phase.RUN
         self.calls: dict[CallId, Call] = {}
+        self.broken: tuple[Link, ...] = ()
+        """What the members were told of pairs without a link"""
         self.leaving: dict[int, Progress] = {}
         """Which calls those have made who leave in the place of the next update"""
         self.lost: dict[int, Member] = {}
@@ -408,7 +410,7 @@ class Ledger:
             self._seq,
         )
         self.host.send(self.members, message)
-        self.epoch = epoch
+        self.epoch, self.broken = epoch, broken
         self.phase = Phase.RUN
         self.calls = {d.call: self._kept(d) for d in decisions if d.verdict != "R"}
         self._ruled = deque(self.calls)
