@@ -19,7 +19,6 @@ from pccl.collectives.transfer import Transfer, Undo
 from pccl.collectives.volley import Volley
 from pccl.core.dtypes import ReduceOp, dtype_named
 from pccl.core.errors import CollectiveAborted, PcclError
-from pccl.core.messages import Link
 from pccl.core.types import Info, Pair, RoundInfo, Tag, View
 from pccl.operations import Operation, signature
 from pccl.protocol.record import Outcome, Record, State
@@ -130,13 +129,8 @@ class Part:
 
     # --- attempts ---------------------------------------------------------------------------------------------------
 
-    def begin(self, engine: Engine, view: View, key: CallKey, broken: tuple[Link, ...], *, atomic: bool) -> Moving:
-        """A transfer for an attempt in this membership.
-
-        Raises:
-            CollectiveAborted: the call does not fit it, though it fitted the membership that its caller knew; or there are too few links.
-        """
-        route = engine.routes.find(self.ask, view, engine.membership(0).uid, broken, self.description)
+    def begin(self, engine: Engine, route: Route, key: CallKey, *, atomic: bool) -> Moving:
+        """A transfer for an attempt on this route."""
         self._stage(engine, route, atomic)
         self._used = route.algorithm
         arithmetic = Reduction(engine.kernels, self._op, route.world, everywhere=route.everywhere)
@@ -308,9 +302,9 @@ class _Parts(Operation):
     def _begin_part(self, part: Part, k: int) -> None:
         view, record = self._now, self._record
         assert record is not None
-        key = CallKey(view.epoch, record.id.key, k)
-        broken = self.engine.membership(self.comm).broken
-        self.engine.run(self, part.begin(self.engine, view, key, broken, atomic=self.atomic))
+        membership = self.engine.membership(self.comm)
+        route = self.engine.routes.find(part.ask, view, membership.uid, membership.broken, part.description)
+        self.engine.run(self, part.begin(self.engine, route, CallKey(view.epoch, record.id.key, k), atomic=self.atomic))
 
     def transfer_done(self, transfer: Moving) -> None:
         """A part has its result."""

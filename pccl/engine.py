@@ -201,6 +201,15 @@ class Engine:
         if op.timeout is not None and op.timeout < 4 * self.options.heartbeat_interval:
             op.deadline = self._loop.call_later(op.timeout, self.expire, op)
 
+    def call(self, op: Operation, patience: float, at_most: float) -> None:
+        """Make a call for a caller that has this engine to itself; it may be over when this returns.
+
+        Args:
+            patience, at_most: as for `Poller.serve`.
+        """
+        self.submit(op)
+        self.poller.serve(op, patience, at_most)
+
     def express(self, comm: int, part: Part, seen: Epoch, make: Callable[[], Collective], patience: float, at_most: float) -> Info | None:
         """Make a small call for a caller that has this engine to itself. None if `make` was called: the operation tells how it ends.
 
@@ -211,27 +220,25 @@ class Engine:
         membership = self._peer.comms.get(comm) if self._peer and self.error is None else None
         call = Express.of(self, membership, part, seen, make) if membership else None
         if call is None:
-            op = make()
-            self.submit(op)
+            self.call(make(), patience, at_most)
+            return None
+        self._express = call
+        try:
+            info = call.run(patience, at_most)
+        except Exception as e:
+            if call.settled and call.op is None:  # the result is here, and cannot be handed over
+                part.release(self)
+                raise self._reason(part, e) from e
+            call.become_operation()
+            assert call.op
+            call.op.reason = self._reason(call.op, e)
+            self.fail(call.op, str(call.op.reason))
         else:
-            self._express = call
-            try:
-                info = call.run(patience, at_most)
-            except Exception as e:
-                if call.settled and call.op is None:  # the result is here, and cannot be handed over
-                    part.release(self)
-                    raise self._reason(part, e) from e
-                call.become_operation()
-                assert call.op
-                call.op.reason = self._reason(call.op, e)
-                self.fail(call.op, str(call.op.reason))
-            else:
-                if call.op is None:
-                    return info
-            finally:
-                self._express = None
-            op = call.op
-        self.poller.serve(op, patience, at_most)
+            if call.op is None:
+                return info
+        finally:
+            self._express = None
+        self.poller.serve(call.op, patience, at_most)
         return None
 
     def resume(self, op: Collective, transfer: Moving | None, membership: Membership) -> None:

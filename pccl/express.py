@@ -15,6 +15,7 @@ from pccl.collectives.flow import CallKey, Moving
 from pccl.collectives.volley import MOST
 from pccl.core.errors import CollectiveAborted
 from pccl.core.types import CallId, Epoch, Info
+from pccl.route import Route
 
 PLAIN = {"atomic": False}
 """Keywords of a call that may be made like this"""
@@ -28,12 +29,13 @@ class Express:
     """One such call, with ``atomic=False``.
 
     Args:
+        route: a short one.
         make: makes the operation, with somebody to tell how it ends.
     """
 
     announced = False
 
-    def __init__(self, engine: Engine, membership: Membership, part: Part, make: Callable[[], Collective]) -> None:
+    def __init__(self, engine: Engine, membership: Membership, part: Part, route: Route, make: Callable[[], Collective]) -> None:
         self.settled = False
         """Nothing is left to do here: it is done, or an operation"""
         self.transfer: Moving | None = None
@@ -41,6 +43,7 @@ class Express:
         self._engine = engine
         self._membership = membership
         self._part = part
+        self._route = route
         self._make = make
         self._view = membership.view
         self._index = membership.next_index
@@ -56,17 +59,16 @@ class Express:
         if membership.epoch != seen or not membership.has_way:
             return None
         try:
-            short = engine.routes.find(part.ask, membership.view, membership.uid, membership.broken, part.description).short
+            route = engine.routes.find(part.ask, membership.view, membership.uid, membership.broken, part.description)
         except CollectiveAborted:  # which is told to all
             return None
-        return cls(engine, membership, part, make) if short else None
+        return cls(engine, membership, part, route, make) if route.short else None
 
     def run(self, patience: float, at_most: float) -> Info | None:
         """Make the call; None if it has become an operation, which may still be under way."""
-        engine, membership, part, view = self._engine, self._membership, self._part, self._view
-        part.done = False
-        membership.next_index += 1
-        self.transfer = part.begin(engine, view, CallKey(view.epoch, self._index, 0), membership.broken, atomic=False)
+        engine, part, view = self._engine, self._part, self._view
+        self._membership.next_index += 1
+        self.transfer = part.begin(engine, self._route, CallKey(view.epoch, self._index, 0), atomic=False)
         engine.executor.start(self.transfer)
         engine.poller.serve(self, patience, at_most)
         if not part.done:

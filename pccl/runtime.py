@@ -162,12 +162,7 @@ class ThreadRuntime:
             if not self._borrow():
                 self.post(self.engine.submit, op)
                 return
-            try:
-                self._take()
-                self.engine.submit(op)
-                self.engine.poller.serve(op, PATIENCE, STRETCH)
-            finally:
-                self._return()
+            self._use(self.engine.call, op, PATIENCE, STRETCH)
 
     def express(self, comm: int, part: Part, seen: Epoch, make: Callable[[], Collective]) -> Info | None:
         """Make a small call whose caller is going to wait for it. None if `make` was called: the operation tells how it ends.
@@ -180,11 +175,7 @@ class ThreadRuntime:
             if self._forked or self._closed or not self._borrow():
                 self.post(self.engine.submit, make())
                 return None
-            try:
-                self._take()
-                return self.engine.express(comm, part, seen, make, PATIENCE, STRETCH)
-            finally:
-                self._return()
+            return self._use(self.engine.express, comm, part, seen, make, PATIENCE, STRETCH)
 
     def _borrow(self) -> bool:
         """Have the engine to oneself; False if another caller has it, or nobody is to."""
@@ -201,13 +192,17 @@ class ThreadRuntime:
         self._borrower = threading.get_ident()
         return True
 
-    def _return(self) -> None:
-        """Give the engine back; its thread goes on with what is under way."""
-        self._borrower = 0
-        busy = self.engine.busy
-        self._turn.release()
-        if busy:
-            self._wake()
+    def _use(self, function: Callable[..., T], *args: Any) -> T:
+        """Call it with the engine borrowed, and give that back; the engine's thread goes on with what is under way."""
+        try:
+            self._take()
+            return function(*args)
+        finally:
+            self._borrower = 0
+            busy = self.engine.busy
+            self._turn.release()
+            if busy:
+                self._wake()
 
     def _take(self) -> None:
         """Do what was posted."""
