@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pccl.collectives.flow import CallKey, Flow, Moving
+from pccl.collectives.pull import Pull
 from pccl.core.frames import Header, Kind
 from pccl.core.types import Epoch
 
@@ -35,6 +36,9 @@ class ExecutorHost(Protocol):
 
     def flush_lazy_soon(self) -> None:
         """Call `Executor.flush_lazy` in a few milliseconds."""
+
+    def step_soon(self) -> None:
+        """Call `Executor.step`, and again as long as it says so, and whenever a neighbour rings."""
 
 
 class _Dead:
@@ -58,6 +62,7 @@ class Executor:
         self.flows: dict[int, Flow] = {}
         self._host = host
         self._transfers: dict[CallKey, Moving] = {}
+        self._pulls: dict[Pull, None] = {}
         self._epochs: set[Epoch] = set()
         """The present ones of all communicators"""
         self._newest: tuple[int, int] = (0, -1)
@@ -85,6 +90,10 @@ class Executor:
     def start(self, transfer: Moving) -> None:
         """Run a transfer."""
         self._transfers[transfer.key] = transfer
+        if isinstance(transfer, Pull):
+            self._pulls[transfer] = None
+            self._host.step_soon()
+            return
         transfer.start()
         for flow in [f for f in self.flows.values() if f.link is None and transfer.lacks(f)]:
             self._host.flow_broken(flow.uid, ConnectionError("there is no link"), lacking=True)
@@ -94,7 +103,24 @@ class Executor:
     def halt(self, transfer: Moving) -> None:
         """Stop a transfer; it holds no memory when this returns."""
         if self._transfers.pop(transfer.key, None):
+            self._forget_pull(transfer)
             transfer.halt()
+
+    def _forget_pull(self, transfer: Moving) -> None:
+        if isinstance(transfer, Pull):
+            self._pulls.pop(transfer, None)
+
+    def step(self) -> bool:
+        """Take what goes through shared memory a step further; returns whether anything has moved."""
+        moved = False
+        for pull in list(self._pulls):
+            moved |= pull.step()
+        return moved
+
+    @property
+    def pulls(self) -> bool:
+        """Whether anything goes through shared memory now."""
+        return bool(self._pulls)
 
     def void(self, key: CallKey) -> None:
         """The attempt will not go on: what its peers still send, for which they have credit, is dropped."""
@@ -208,11 +234,16 @@ class Executor:
     def done(self, transfer: Moving) -> None:
         """A transfer is complete."""
         self._transfers.pop(transfer.key, None)
+        self._forget_pull(transfer)
         self._host.transfer_done(transfer)
 
-    def mismatch(self, transfer: Moving, flow: Flow) -> None:
-        """A peer's frames are not of the same call."""
-        self._host.transfer_mismatch(transfer, flow.uid)
+    def mismatch(self, transfer: Moving, uid: int) -> None:
+        """A peer's call is not the same."""
+        self._host.transfer_mismatch(transfer, uid)
+
+    def unreadable(self, transfer: Moving, uid: int, error: OSError) -> None:
+        """A peer's memory cannot be read, though it lives: meet it again."""
+        self._host.flow_broken(uid, error, lacking=True)
 
     def take_scratch(self, nbytes: int) -> npt.NDArray[np.uint8]:
         """Memory for one slice, rounded up to a power of two."""

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pccl.collectives.pull import LOCAL
 from pccl.collectives.schedules import algorithms, build, find, natural_cuts
 from pccl.collectives.schedules.meaning import ROOTED
 from pccl.core.errors import InvalidArgument
@@ -109,7 +110,7 @@ def plan(
 def check_algorithm(collective: str, algorithm: str) -> None:
     """Raise InvalidArgument unless the name is known."""
     if algorithm != "auto":
-        known = ("auto", *algorithms(collective))
+        known = ("auto", *(() if collective == "sendrecv" else (LOCAL,)), *algorithms(collective))
         if algorithm not in known:
             raise InvalidArgument(f"algorithm: {algorithm!r} is not known for {collective}; there are {', '.join(known)}")
 

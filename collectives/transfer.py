@@ -40,7 +40,7 @@ class TransferHost(Protocol):
     def done(self, transfer: Moving) -> None:
         """The result is there, everything is out, and the transfer holds no memory."""
 
-    def mismatch(self, transfer: Moving, flow: Flow) -> None:
+    def mismatch(self, transfer: Moving, uid: int) -> None:
         """A peer's frames are not of the same call."""
 
     def take_scratch(self, nbytes: int) -> npt.NDArray[np.uint8]:
@@ -301,7 +301,7 @@ class Transfer:
         right = stream and header.position == stream.position and header.length == stream.expected
         if self.halted or not right or header.signature != self.signature:
             if not self.halted:
-                self.host.mismatch(self, flow)
+                self.host.mismatch(self, flow.uid)
             return None
         rank = self._flows[flow]
         if rank not in self._met:  # it grants no more what it grants lazily, so what is sent from now on must not count as a share
@@ -317,7 +317,7 @@ class Transfer:
         stream = self._outs.get((self._flows[flow], header.channel)) if flow in self._flows else None
         if stream is None or header.signature != self.signature:
             if not self.halted:
-                self.host.mismatch(self, flow)
+                self.host.mismatch(self, flow.uid)
         elif header.position > stream.limit:
             stream.limit = header.position
             if stream.is_ready():

@@ -153,7 +153,7 @@ class Volley:
         right = lane and not lane.here and (header.channel, header.position, header.length) == (0, 0, self.nbytes)
         if self.halted or not right or header.signature != self.signature:
             if not self.halted:
-                self.host.mismatch(self, flow)
+                self.host.mismatch(self, flow.uid)
             return None
         return lane
 
@@ -162,7 +162,7 @@ class Volley:
         lane = self._lanes.get(flow)
         if lane is None or header.signature != self.signature:
             if not self.halted:
-                self.host.mismatch(self, flow)
+                self.host.mismatch(self, flow.uid)
             return
         lane.limit = self.nbytes
         if lane.is_ready():

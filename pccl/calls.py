@@ -12,7 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pccl.collectives.flow import CallKey, Moving
+from pccl.collectives.lane import Lane
 from pccl.collectives.planner import WINDOW
+from pccl.collectives.pull import LOCAL, Pull
 from pccl.collectives.reduction import Kernels
 from pccl.collectives.tensors import Memory, allocate_like, memory_of
 from pccl.collectives.transfer import Transfer, Undo
@@ -124,23 +126,34 @@ class Part:
         self._staged_out = False
         self._undo: Undo | None = None
         self._spares: list[npt.NDArray[np.uint8]] = []
-        self._transfer: Transfer | Volley | None = None
+        self._transfer: Transfer | Volley | Pull | None = None
         self._used = ""
 
     # --- attempts ---------------------------------------------------------------------------------------------------
 
-    def begin(self, engine: Engine, route: Route, key: CallKey, *, atomic: bool) -> Moving:
-        """A transfer for an attempt on this route."""
+    def begin(self, engine: Engine, route: Route, key: CallKey, *, atomic: bool, lane: Lane | None = None, call: int = 0) -> Moving:
+        """A transfer for an attempt on this route.
+
+        Args:
+            lane: of a route through shared memory.
+            call: the signature of the whole call, which members compare there.
+        """
         self._stage(engine, route, atomic)
         self._used = route.algorithm
         arithmetic = Reduction(engine.kernels, self._op, route.world, everywhere=route.everywhere)
         source, target, flows = self._source, self._target, route.flows
+        if route.errand:
+            assert lane
+            self._transfer = Pull(engine.executor, key, call, lane, route.uids, route.errand, source, target, arithmetic, commits=atomic)
+            return self._transfer
         if route.short and source is not None and target is not None:
             self._transfer = Volley(
                 engine.executor, key, self.signature, source, target, arithmetic, flows, rank=route.rank, hub=route.hub, undo=self._undo
             )
             return self._transfer
         program, layout = route.program, route.layout
+        assert program
+        assert layout
         self._transfer = Transfer(
             engine.executor, key, self.signature, program, layout, source, target, arithmetic, flows, undo=self._undo, window=WINDOW
         )
@@ -179,7 +192,7 @@ class Part:
                 assert out.flat is not None
                 self._target = out.flat[:count]
         self._out_now = out
-        if same and atomic and not copy_in and self.collective != "broadcast":  # whose root keeps what it gives
+        if same and not route.errand and atomic and not copy_in and self.collective != "broadcast":  # whose root keeps what it gives
             assert self._target is not None
             memory = self._target.view(np.uint8)
             spare = engine.spare(memory.nbytes)
@@ -215,10 +228,17 @@ class Part:
             engine.kernels.convert(into, flat)
         engine.kernels.prepare(self._op, into, into)
 
+    @property
+    def pull(self) -> Pull | None:
+        """What moves it, if that goes through shared memory."""
+        return self._transfer if isinstance(self._transfer, Pull) else None
+
     # --- the end ----------------------------------------------------------------------------------------------------
 
     def restore(self) -> None:
         """Give the caller its input back, bit for bit."""
+        if isinstance(self._transfer, Pull):
+            self._transfer.withdraw()
         if self._undo:
             self._undo.restore()
         original = self._x.flat if self._inside and self._x is not None else None
@@ -227,6 +247,8 @@ class Part:
 
     def commit(self, engine: Engine, view: View, began: float, attempts: int) -> Info:
         """The caller has its result."""
+        if isinstance(self._transfer, Pull):
+            self._transfer.conclude()
         out = self._out_now
         if self._staged_out and out is not None and self._target is not None:
             result = self._target
@@ -263,6 +285,16 @@ class Part:
         self._undo = self._transfer = None
         self._staged_out = False
         self._source = self._target = None
+
+
+def call_signature(part: Part, atomic: bool, retry: bool) -> int:
+    """The signature of a plain call."""
+    return _call_signature(part.signature, atomic, retry)
+
+
+def is_local(part: Part) -> bool:
+    """Whether an untagged plain call of this goes through shared memory among members that have some."""
+    return part.pair is None and part.ask.algorithm in ("auto", LOCAL)
 
 
 class _Parts(Operation):
@@ -302,9 +334,13 @@ class _Parts(Operation):
     def _begin_part(self, part: Part, k: int) -> None:
         view, record = self._now, self._record
         assert record is not None
-        membership = self.engine.membership(self.comm)
-        route = self.engine.routes.find(part.ask, view, membership.uid, membership.broken, part.description)
-        self.engine.run(self, part.begin(self.engine, route, CallKey(view.epoch, record.id.key, k), atomic=self.atomic))
+        engine, key = self.engine, CallKey(view.epoch, record.id.key, k)
+        membership = engine.membership(self.comm)
+        local = self.local and membership.near
+        route = engine.routes.find(part.ask, view, membership.uid, membership.broken, part.description, local=local)
+        lane = engine.lanes.get(self.comm)
+        if lane or not local:  # without one, a link is missing: a new epoch is on its way
+            engine.run(self, part.begin(engine, route, key, atomic=self.atomic, lane=lane, call=self.signature))
 
     def transfer_done(self, transfer: Moving) -> None:
         """A part has its result."""
@@ -329,10 +365,23 @@ class Collective(_Parts):
     def __init__(
         self, comm: int, part: Part, *, tag: Tag, timeout: float | None, atomic: bool, retry: bool, pair: Pair | None = None
     ) -> None:
-        sign = _call_signature(part.signature, atomic, retry)
+        sign = call_signature(part, atomic, retry)
         super().__init__(comm, part.description, signature=sign, timeout=timeout, tag=tag, pair=pair, atomic=atomic, retry=retry)
         self.parts = [part]
         self.small = part.nbytes <= SMALL
+        self.local = tag is None and is_local(part)
+
+    @property
+    def exposed(self) -> bool:  # type: ignore[override]
+        """See `Op.exposed`."""
+        pull = self.parts[0].pull if self.parts else None
+        return pull is not None and pull.ready
+
+    @property
+    def decided(self) -> bool:  # type: ignore[override]
+        """See `Op.decided`."""
+        pull = self.parts[0].pull if self.parts else None
+        return pull is not None and pull.committed
 
     def is_complete(self) -> bool:
         """The one part."""

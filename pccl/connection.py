@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import pathlib
 import socket
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from pccl.core.address import Address, is_loopback, parse_address, parse_endpoint
 from pccl.core.errors import InvalidArgument
 from pccl.core.options import Options
 from pccl.engine import Engine
+
+if TYPE_CHECKING:
+    from pccl.transports.region import Region
+
+logger = logging.getLogger("pccl")
+
+TRANSPORTS = ("auto", "tcp")
 
 
 class Settings(TypedDict, total=False):
@@ -26,6 +34,8 @@ class Settings(TypedDict, total=False):
     """``host`` or ``host:port`` where this peer accepts links; default: loopback if the master is there, else every interface."""
     advertise: str
     """``host`` or ``host:port`` where others reach it, if that differs (a NAT, a container)."""
+    transport: str
+    """"auto" (the default): peers of one host share memory; "tcp": they do as if they were on two."""
     key: str
     """Path of this peer's own key file, where the master has an allow-list."""
     timeout: float | None
@@ -61,7 +71,7 @@ def prepare(address: str, group: str, settings: Settings) -> Prepared:
     if not isinstance(group, str) or not 1 <= len(group) <= 256:
         raise InvalidArgument(f"group: a name of 1 to 256 characters is needed, not {group!r}")
     given = dict(settings)
-    names = {"name", "listen", "advertise", "key"}
+    names = {"name", "listen", "advertise", "key", "transport"}
     known = {f.name for f in fields(Options)}
     unknown = given.keys() - names - known
     if unknown:
@@ -71,23 +81,43 @@ def prepare(address: str, group: str, settings: Settings) -> Prepared:
     listen = parse_endpoint(text["listen"], "listen") if text["listen"] else default_listen(master)
     advertise = parse_endpoint(text["advertise"], "advertise") if text["advertise"] else default_advertise(master, listen)
     keypair = load_keypair(text["key"]) if text["key"] else None
+    if text["transport"] not in ("", *TRANSPORTS):
+        raise InvalidArgument(f"transport: one of {', '.join(map(repr, TRANSPORTS))} is needed, not {text['transport']!r}")
 
     def make() -> Engine:
+        from pccl.transports.local import HostTransport
         from pccl.transports.tcp import TcpTransport
         from pccl.transports.zmq_client import ZmqClient
 
+        region = None if text["transport"] == "tcp" else open_region()
+        where = (listen[0], listen[1] or 0)
         return Engine(
             ZmqClient(master, keypair=keypair, heartbeat_interval=options.heartbeat_interval, heartbeat_timeout=options.heartbeat_timeout),
-            TcpTransport(listen[0], listen[1] or 0, advertise=advertise),
+            HostTransport(*where, advertise=advertise, region=region) if region else TcpTransport(*where, advertise=advertise),
             group=group,
             name=text["name"] or f"{socket.gethostname()}:{os.getpid()}",
             host=host_identity(),
             key=uuid.uuid4().bytes,
             address=address,
             options=options,
+            region=region,
         )
 
     return Prepared(options, make)
+
+
+def open_region() -> Region | None:
+    """Memory to share with other peers of this host; None where that cannot be."""
+    from pccl.collectives.lane import ROOM
+    from pccl.transports.region import Region, supported
+
+    if not supported():
+        return None
+    try:
+        return Region(ROOM + os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))  # only what is used takes room
+    except (OSError, ValueError) as e:
+        logger.warning("no memory can be shared with other peers of this host (%s): they will be reached by TCP", e)
+        return None
 
 
 def _text(name: str, value: object) -> str:

@@ -18,7 +18,8 @@ import numpy.typing as npt
 
 from pccl.calls import Collective, Part
 from pccl.collectives.executor import Executor
-from pccl.collectives.flow import Moving
+from pccl.collectives.flow import Flow, Moving
+from pccl.collectives.lane import Commons, Lane
 from pccl.collectives.reduction import Kernels
 from pccl.core import codec
 from pccl.core.codec import WireError
@@ -26,7 +27,7 @@ from pccl.core.errors import ConnectError, Evicted, InternalError, MasterUnreach
 from pccl.core.messages import PeerInfo, Prepare, Reason, SplitResult, Waiting
 from pccl.core.options import Options
 from pccl.core.types import CallId, Epoch, Info, View
-from pccl.express import Express
+from pccl.express import Express, Manner
 from pccl.operations import Operation, failure
 from pccl.poller import Poller
 from pccl.protocol.member import Membership
@@ -34,6 +35,7 @@ from pccl.protocol.peer import ROOT, Peer, Standpoint
 from pccl.protocol.record import Outcome, Record
 from pccl.route import Routes
 from pccl.transports.base import ControlClient, Link, LinkHandler, LinkTicket, Refusal, Transport
+from pccl.transports.region import OwnShared
 
 logger = logging.getLogger("pccl")
 
@@ -50,6 +52,7 @@ class Engine:
         client: not yet started.
         transport: not yet listening.
         key: 16 random bytes that tell this peer from all others.
+        region: what this peer shares with others of its host, if it does.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class Engine:
         key: bytes,
         address: str,
         options: Options,
+        region: OwnShared | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.options = options
@@ -98,7 +102,16 @@ class Engine:
         """A call that has no record yet"""
         self._spare: npt.NDArray[np.uint8] | None = None
         self._spare_release: asyncio.TimerHandle | None = None
-        self.poller = Poller(client, self._links, self._is_alone, lambda e: self._complain("a handler failed", e))
+        self._region = region
+        self._commons = Commons(region) if region else None
+        self.lanes: dict[int, Lane] = {}
+        """Of the communicators whose members all share memory"""
+        self._past_lanes: dict[int, Lane] = {}
+        """Those of their last epochs: somebody may still read there."""
+        self._stepping = False
+        self.poller = Poller(client, self._links, self._is_alone, lambda e: self._complain("a handler failed", e), self.executor, region)
+        if region and region.fileno() >= 0:
+            self._loop.add_reader(region.fileno(), self._rung)
 
     # --- life -------------------------------------------------------------------------------------------------------
 
@@ -163,10 +176,17 @@ class Engine:
             self.executor.drop_flow(uid)
         await self._transport.close()
         self._spare = None
+        self.lanes, self._past_lanes, self._commons = {}, {}, None
+        region, self._region = self._region, None
+        if region:
+            if region.fileno() >= 0:
+                self._loop.remove_reader(region.fileno())
+            region.close()
 
-    @property
-    def busy(self) -> bool:
-        """Whether calls are in flight."""
+    def returned(self) -> bool:
+        """A borrower is done with this engine; returns whether calls are in flight, for the loop to go on with."""
+        if self._in_flight and self.executor.pulls:
+            self.step_soon()
         return bool(self._in_flight)
 
     # --- calls ------------------------------------------------------------------------------------------------------
@@ -210,17 +230,22 @@ class Engine:
         self.submit(op)
         self.poller.serve(op, patience, at_most)
 
-    def express(self, comm: int, part: Part, seen: Epoch, make: Callable[[], Collective], patience: float, at_most: float) -> Info | None:
-        """Make a small call for a caller that has this engine to itself. None if `make` was called: the operation tells how it ends.
+    def express(
+        self, comm: int, part: Part, how: Manner, seen: Epoch, make: Callable[[], Collective], patience: float, at_most: float
+    ) -> Info | None:
+        """Make a call for a caller that has this engine to itself. None if `make` was called: the operation tells how it ends.
 
         Args:
             seen: the epoch that the caller knows.
             patience, at_most: as for `Poller.serve`.
         """
         membership = self._peer.comms.get(comm) if self._peer and self.error is None else None
-        call = Express.of(self, membership, part, seen, make) if membership else None
+        call = Express.of(self, membership, part, how, seen, make) if membership else None
         if call is None:
-            self.call(make(), patience, at_most)
+            op = make()
+            self.submit(op)
+            if op.small:
+                self.poller.serve(op, patience, at_most)
             return None
         self._express = call
         try:
@@ -330,6 +355,13 @@ class Engine:
     def _drop_spare(self) -> None:
         self._spare = None
 
+    def _trim(self) -> None:
+        """Give shared memory back that no call has needed for a while."""
+        if self._commons and self._commons.unused_for(self._loop.time()) >= SPARE_KEPT:
+            for lane in (*self.lanes.values(), *self._past_lanes.values()):
+                lane.reap()
+            self._commons.trim()
+
     # --- control client ---------------------------------------------------------------------------------------------
 
     def control_up(self) -> None:
@@ -371,8 +403,10 @@ class Engine:
     def make_links(self, m: Prepare) -> None:
         """Dial what an admission asks for."""
         self.poller.forget()
+        assert self._peer
         for uid in (*m.dial, *m.accept):
             self.executor.flow(uid).detach()
+            self._peer.near.discard(uid)
         self._ticket = m
         self._ticket_came.set()
         self._ticket_came = asyncio.Event()
@@ -382,7 +416,7 @@ class Engine:
         contacts = {c.uid: c.endpoints for c in m.contacts}
         results = await asyncio.gather(*(self._dial(m, uid, contacts.get(uid, ())) for uid in m.dial))
         if self._peer and self._ticket is m:
-            self._peer.links_made(m.admission, tuple(uid for uid, ok in zip(m.dial, results, strict=True) if not ok))
+            self._peer.links_made(m.admission, m.dial, tuple(uid for uid, ok in zip(m.dial, results, strict=True) if not ok))
 
     async def _dial(self, m: Prepare, uid: int, endpoints: tuple[str, ...]) -> bool:
         ticket = LinkTicket(m.admission, m.secret, m.uid, uid)
@@ -395,9 +429,14 @@ class Engine:
         if self.executor.flows.get(uid) is not flow:  # the peer, or this one, has gone meanwhile
             link.close()
             return False
-        flow.attach(link)
-        self.poller.forget()
+        self._attach(flow, link)
         return True
+
+    def _attach(self, flow: Flow, link: Link) -> None:
+        flow.attach(link)
+        if link.near and self._peer:
+            self._peer.near.add(link.uid)
+        self.poller.forget()
 
     async def _admit(self, admission: int, dialer: int, acceptor: int) -> LinkTicket | None:
         """A stranger claims to be a peer of an admission, which this one may not have heard of yet."""
@@ -410,13 +449,13 @@ class Engine:
 
     def _accepted(self, link: Link) -> LinkHandler:
         flow = self.executor.flow(link.uid)
-        flow.attach(link)
-        self.poller.forget()
+        self._attach(flow, link)
         return flow
 
     def admitted(self, view: View) -> None:
         """This peer is a member."""
         self.executor.enter_epoch(view.epoch, None, ())
+        self._open_lane(ROOT)
         self._check_links(view)
         if not self._admitted.done():
             self._admitted.set_result(view)
@@ -430,7 +469,29 @@ class Engine:
         if comm == ROOT:
             for uid in [uid for uid in self.executor.flows if uid not in here]:
                 self.executor.drop_flow(uid)
+            if self._peer:
+                self._peer.near &= here
             self._check_links(new)
+        self._open_lane(comm)
+
+    def _open_lane(self, comm: int) -> None:
+        """Have a place in shared memory for a communicator's new epoch, if all its members do."""
+        assert self._peer
+        past, last = self._past_lanes.pop(comm, None), self.lanes.pop(comm, None)
+        if past:
+            past.close()
+        if last:
+            self._past_lanes[comm] = last
+        membership = self._peer.comms[comm]
+        if not membership.near or self._commons is None:
+            return
+        flows, mine = self.executor.flows, membership.view.rank
+        links = {r: flows[m.uid].link for r, m in enumerate(membership.view.members) if r != mine and m.uid in flows}
+        others = {r: link.near for r, link in links.items() if link and link.near}
+        if len(others) == len(membership.view.members) - 1:
+            self.lanes[comm] = lane = Lane(self._commons, membership.epoch, mine, others)
+            how = "reading each other's memory" if lane.readable else "copying through shared memory: the system forbids to read it"
+            logger.info("communicator %d: all %d members are on this host, %s", comm, len(others) + 1, how)
 
     def _check_links(self, view: View) -> None:
         """Complain of links that are missing without the master knowing."""
@@ -520,6 +581,7 @@ class Engine:
         made = self._peer.adopt(self.membership(parent), result)
         if made:
             self.executor.enter_epoch(made.epoch, None, ())
+            self._open_lane(made.comm)
         return made
 
     def waits_for(self, comm: int, m: Waiting) -> None:
@@ -585,6 +647,8 @@ class Engine:
             self._leaving_subs.discard(comm)
             left = comms.pop(comm)
             left.leave()
+            self.lanes.pop(comm, None)
+            self._past_lanes.pop(comm, None)
             self.executor.leave_epoch(left.epoch, [m.uid for m in left.view.members])
         if self._leaving and not self._left and not any(c.in_flight for c in comms.values()):
             self._left = True
@@ -625,6 +689,30 @@ class Engine:
         self._lazy = None
         self.executor.flush_lazy()
 
+    def step_soon(self) -> None:
+        """Take what goes through shared memory further, between other things."""
+        if not self._stepping:
+            self._stepping = True
+            self._loop.call_soon(self._step)
+
+    def _step(self) -> None:
+        self._stepping = False
+        region = self._region
+        if region is None or not self.executor.pulls:
+            return
+        region.sleeping(False)
+        moved = self.executor.step()
+        if not moved:
+            region.sleeping(True)
+            moved = self.executor.step()
+        if moved:
+            self.step_soon()
+
+    def _rung(self) -> None:
+        assert self._region
+        self._region.receive()
+        self.step_soon()
+
     # --- time -------------------------------------------------------------------------------------------------------
 
     def _beat(self) -> None:
@@ -632,6 +720,7 @@ class Engine:
         if self._peer and self.error is None:
             self._peer.beat(self.executor.progress)
             self._watch_deadlines()
+            self._trim()
             for uid in self.executor.silent_flows(self.options.path_timeout):
                 flow = self.executor.flow(uid)
                 flow.detach()

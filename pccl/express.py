@@ -1,24 +1,33 @@
-"""A small call whose caller has the engine to itself: nobody needs a record of it unless something happens before it ends.
+"""A call whose caller has the engine to itself: nobody needs a record of it unless something happens before it ends.
 
-Nearly always its frames come and go, and that was all. What operations are for (deadlines, epochs, losses, mismatches, callers that are
-interrupted) begins with a message of the master, a frame of another call, or a silence: each of these first makes an operation of the
-call, which goes on as if it had been one from the beginning.
+It is small and has no commit, or goes through shared memory and commits there. Nearly always its data comes and goes, and that was all.
+What operations are for (deadlines, epochs, losses, mismatches, callers that are interrupted) begins with a message of the master, a frame
+of another call, or a silence: each of these first makes an operation of the call, which goes on as if it had been one from the beginning.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from pccl.calls import Collective, Part
+from pccl.calls import Collective, Part, call_signature, is_local
 from pccl.collectives.flow import CallKey, Moving
+from pccl.collectives.lane import Lane
 from pccl.collectives.volley import MOST
 from pccl.core.errors import CollectiveAborted
 from pccl.core.types import CallId, Epoch, Info
 from pccl.route import Route
 
-PLAIN = {"atomic": False}
-"""Keywords of a call that may be made like this"""
+KEYWORDS = frozenset(("atomic", "retry", "timeout"))
+"""Of a call that may be made like this"""
+
+
+class Manner(NamedTuple):
+    """How a call ends."""
+
+    atomic: bool
+    retry: bool
+
 
 if TYPE_CHECKING:
     from pccl.engine import Engine
@@ -26,16 +35,26 @@ if TYPE_CHECKING:
 
 
 class Express:
-    """One such call, with ``atomic=False``.
+    """One such call.
 
     Args:
-        route: a short one.
+        route: a short one, or through shared memory.
+        lane: then.
         make: makes the operation, with somebody to tell how it ends.
     """
 
     announced = False
 
-    def __init__(self, engine: Engine, membership: Membership, part: Part, route: Route, make: Callable[[], Collective]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        membership: Membership,
+        part: Part,
+        how: Manner,
+        route: Route,
+        lane: Lane | None,
+        make: Callable[[], Collective],
+    ) -> None:
         self.settled = False
         """Nothing is left to do here: it is done, or an operation"""
         self.transfer: Moving | None = None
@@ -43,14 +62,18 @@ class Express:
         self._engine = engine
         self._membership = membership
         self._part = part
+        self._how = how
         self._route = route
+        self._lane = lane
         self._make = make
         self._view = membership.view
         self._index = membership.next_index
         self._began = engine.now()
 
     @classmethod
-    def of(cls, engine: Engine, membership: Membership, part: Part, seen: Epoch, make: Callable[[], Collective]) -> Express | None:
+    def of(
+        cls, engine: Engine, membership: Membership, part: Part, how: Manner, seen: Epoch, make: Callable[[], Collective]
+    ) -> Express | None:
         """The call, if it can be made like this.
 
         Args:
@@ -58,22 +81,31 @@ class Express:
         """
         if membership.epoch != seen or not membership.has_way:
             return None
+        local = membership.near and is_local(part)
+        lane = engine.lanes.get(membership.comm) if local else None
+        if not lane and (how.atomic or part.nbytes > MOST):
+            return None
         try:
-            route = engine.routes.find(part.ask, membership.view, membership.uid, membership.broken, part.description)
+            route = engine.routes.find(part.ask, membership.view, membership.uid, membership.broken, part.description, local=local)
         except CollectiveAborted:  # which is told to all
             return None
-        return cls(engine, membership, part, route, make) if route.short else None
+        return cls(engine, membership, part, how, route, lane, make) if lane or route.short else None
 
     def run(self, patience: float, at_most: float) -> Info | None:
         """Make the call; None if it has become an operation, which may still be under way."""
         engine, part, view = self._engine, self._part, self._view
         self._membership.next_index += 1
-        self.transfer = part.begin(engine, self._route, CallKey(view.epoch, self._index, 0), atomic=False)
+        key, how = CallKey(view.epoch, self._index, 0), self._how
+        self.transfer = part.begin(engine, self._route, key, atomic=how.atomic, lane=self._lane, call=call_signature(part, *how))
         engine.executor.start(self.transfer)
         engine.poller.serve(self, patience, at_most)
         if not part.done:
             self.become_operation()
-        return None if self.op else part.commit(engine, view, self._began, 1)
+        if self.op:
+            return None
+        if how.atomic:
+            self._membership.committed(CallId(None, self._index))
+        return part.commit(engine, view, self._began, 1)
 
     def transfer_done(self) -> None:
         """The result is here."""
@@ -92,4 +124,4 @@ class Express:
 
 def suits(part: Part, how: Mapping[str, object]) -> bool:
     """Whether a call may be of this kind."""
-    return how == PLAIN and part.collective == "all_reduce" and part.nbytes <= MOST
+    return part.pair is None and KEYWORDS.issuperset(how)

@@ -36,6 +36,9 @@ class Operation:
     """
 
     is_update = False
+    local = False
+    exposed = False
+    decided = False
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from pccl.collectives.flow import Flow
 from pccl.collectives.planner import Unreachable, plan
 from pccl.collectives.program import Layout, Program, layout, program
+from pccl.collectives.pull import LOCAL, Errand, errand
 from pccl.collectives.schedules.meaning import has_input, has_output, segments
 from pccl.collectives.volley import MOST
 from pccl.core.errors import CollectiveAborted
@@ -50,14 +51,18 @@ class Route(NamedTuple):
     algorithm: str
     everywhere: bool
     """Each member folds for itself."""
-    program: Program
-    layout: Layout
+    program: Program | None
+    layout: Layout | None
     flows: Mapping[int, Flow]
     """Rank -> the traffic with it, of those with whom there is any"""
     short: bool
     """One frame each way will do"""
     hub: int | None
     """Then: who folds for all"""
+    uids: tuple[int, ...]
+    """By rank"""
+    errand: Errand | None
+    """Through shared memory, without a program"""
 
 
 class Routes:
@@ -69,40 +74,46 @@ class Routes:
 
     def __init__(self, flow: Callable[[int], Flow]) -> None:
         self._flow = flow
-        self._found: dict[tuple[Epoch, Ask], Route] = {}
+        self._found: dict[tuple[Epoch, Ask, bool], Route] = {}
 
     def clear(self) -> None:
         """Memberships have changed."""
         self._found.clear()
 
-    def find(self, ask: Ask, view: View, uid: int, broken: tuple[Link, ...], call: str) -> Route:
+    def find(self, ask: Ask, view: View, uid: int, broken: tuple[Link, ...], call: str, *, local: bool) -> Route:
         """The route of a call.
 
         Args:
             uid: this peer's.
+            local: through shared memory.
             broken: pairs of members without a link.
             call: its description, for errors.
 
         Raises:
             CollectiveAborted: the call does not fit the membership, or there are too few links.
         """
-        route = self._found.get((view.epoch, ask))
+        route = self._found.get((view.epoch, ask, local))
         if route is None:
             if len(self._found) >= KEPT:
                 self._found.clear()
-            route = self._found[view.epoch, ask] = self._make(ask, view, uid, broken, call)
+            route = self._found[view.epoch, ask, local] = self._make(ask, view, uid, broken, call, local)
         return route
 
-    def _make(self, ask: Ask, view: View, uid: int, links: tuple[Link, ...], call: str) -> Route:
+    def _make(self, ask: Ask, view: View, uid: int, links: tuple[Link, ...], call: str, local: bool) -> Route:
         reason = misfit(ask, view)
         if reason:
             raise _aborted(call, reason, view)
-        uids = list(ask.pair) if ask.pair else [m.uid for m in view.members]
+        uids = tuple(ask.pair) if ask.pair else tuple(m.uid for m in view.members)
         ranks = {u: r for r, u in enumerate(uids)}
         rank, world, root = ranks[uid], len(uids), ranks.get(ask.root, -1)
         gives, gets = has_input(ask.collective, rank, root), has_output(ask.collective, rank, root)
         many = segments(ask.collective, world)
         count = ask.given // many.source if gives and ask.given >= 0 else ask.got // many.target
+        if local:
+            todo = errand(ask.collective, world, rank, root, count, ask.itemsize)
+            return Route(rank, world, gives, gets, many.source, many.target, LOCAL, False, None, None, {}, False, None, uids, todo)
+        if ask.algorithm == LOCAL:
+            raise _aborted(call, "algorithm='local' is for untagged calls outside of rounds, among members that share memory", view)
         broken = tuple((min(ranks[a], ranks[b]), max(ranks[a], ranks[b])) for a, b in links if a in ranks and b in ranks)
         near = len({m.host for m in view.members}) == 1
         try:
@@ -127,6 +138,8 @@ class Routes:
             {r: self._flow(uids[r]) for r in prog.peers},
             one_cut and world > 1 and 0 < count * ask.itemsize <= MOST,
             None if direct else schedule.root,
+            uids,
+            None,
         )
 
 

@@ -26,6 +26,7 @@ from pccl.calls import Collective, Part
 from pccl.core.errors import InvalidArgument, PcclError
 from pccl.core.types import Epoch, Info
 from pccl.engine import Engine
+from pccl.express import Manner
 from pccl.operations import Operation
 from pccl.transports import fork
 
@@ -164,8 +165,8 @@ class ThreadRuntime:
                 return
             self._use(self.engine.call, op, PATIENCE, STRETCH)
 
-    def express(self, comm: int, part: Part, seen: Epoch, make: Callable[[], Collective]) -> Info | None:
-        """Make a small call whose caller is going to wait for it. None if `make` was called: the operation tells how it ends.
+    def express(self, comm: int, part: Part, how: Manner, seen: Epoch, make: Callable[[], Collective]) -> Info | None:
+        """Make a call whose caller is going to wait for it. None if `make` was called: the operation tells how it ends.
 
         Args:
             seen: the epoch that the caller knows.
@@ -175,7 +176,7 @@ class ThreadRuntime:
             if self._forked or self._closed or not self._borrow():
                 self.post(self.engine.submit, make())
                 return None
-            return self._use(self.engine.express, comm, part, seen, make, PATIENCE, STRETCH)
+            return self._use(self.engine.express, comm, part, how, seen, make, PATIENCE, STRETCH)
 
     def _borrow(self) -> bool:
         """Have the engine to oneself; False if another caller has it, or nobody is to."""
@@ -199,7 +200,7 @@ class ThreadRuntime:
             return function(*args)
         finally:
             self._borrower = 0
-            busy = self.engine.busy
+            busy = self.engine.returned()
             self._turn.release()
             if busy:
                 self._wake()

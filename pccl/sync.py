@@ -17,7 +17,7 @@ from pccl.communicator import Pending
 from pccl.connection import Settings, prepare
 from pccl.core.errors import InvalidArgument, PcclError
 from pccl.core.types import RoundInfo, StateInfo, Tag, View
-from pccl.express import suits
+from pccl.express import Manner, suits
 from pccl.face import Collectives, Handle, How, check_retry, check_tag
 from pccl.operations import Operation, Update
 from pccl.runtime import GLANCE, ThreadRuntime, forked_error
@@ -179,6 +179,9 @@ class Communicator(Handle[Any]):
     def _express(self, part: Part, how: How) -> Any:
         self._check_open()
         assert isinstance(self._runtime, ThreadRuntime)
+        manner = Manner(bool(how.get("atomic", True)), bool(how.get("retry", False)))
+        if manner.retry or "timeout" in how:
+            self._operation(part, how)  # which complains of what is not allowed
         works: list[Work] = []
 
         def make() -> Collective:
@@ -187,7 +190,7 @@ class Communicator(Handle[Any]):
             return op
 
         try:
-            info = self._runtime.express(self._comm, part, self._seen.epoch, make)
+            info = self._runtime.express(self._comm, part, manner, self._seen.epoch, make)
         except BaseException:  # Ctrl-C, perhaps after the call has begun
             for work in works:
                 work._abandon()

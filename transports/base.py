@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from typing import NamedTuple, Protocol
 
 from pccl.core.frames import Header
+from pccl.transports.region import OtherShared
 
 
 class OutFrame(NamedTuple):
@@ -50,6 +51,8 @@ class Link(ABC):
 
     uid: int
     """The peer's."""
+    near: OtherShared | None = None
+    """What a peer of the same host shares with this one"""
 
     @abstractmethod
     def fileno(self) -> int:

@@ -9,6 +9,7 @@ from functools import partial
 from pccl.core.codec import WireError
 from pccl.transports.base import Link, LinkHandler
 from pccl.transports.framing import STAGE_BYTES, FrameReader, FrameWriter
+from pccl.transports.region import OtherShared
 from pccl.transports.wire import Wire
 
 READS_AT_ONCE = 8
@@ -22,8 +23,9 @@ LINGER = 1.0
 class WireLink(Link):
     """A proved connection to the peer `uid`. It reads from the moment that `open` gives it a handler."""
 
-    def __init__(self, wire: Wire, uid: int, *, closed: Callable[[WireLink], None] | None = None) -> None:
+    def __init__(self, wire: Wire, uid: int, *, near: OtherShared | None = None, closed: Callable[[WireLink], None] | None = None) -> None:
         self.uid = uid
+        self.near = near
         self._wire = wire
         self._closed = closed
         self._loop = asyncio.get_running_loop()

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from pccl.transports.base import Admit, Link, LinkHandler, LinkTicket, Refusal, Transport
 from pccl.transports.link import WireLink
+from pccl.transports.region import OtherShared
 from pccl.transports.wire import Wire, demand_proof, offer_proof
 
 T = TypeVar("T")
@@ -58,11 +59,11 @@ class StreamTransport(Transport):
                 for endpoint in endpoints:
                     try:
                         wire = await self._connect(endpoint)
-                        await self._proved(wire, offer_proof(wire, ticket))
+                        near = await self._proved(wire, self._introduce(wire, offer_proof(wire, ticket)))
                     except (Refusal, OSError, ValueError) as e:
                         errors.append(f"{endpoint}: {e}")
                         continue
-                    link = self._link(wire, ticket.acceptor)
+                    link = self._link(wire, ticket.acceptor, near[1])
                     link.open(handler)
                     return link
         except TimeoutError:
@@ -94,11 +95,11 @@ class StreamTransport(Transport):
         assert self._accepted is not None
         try:
             async with asyncio.timeout(PROOF_TIMEOUT):
-                ticket = await self._proved(wire, demand_proof(wire, self._admit))
+                ticket, near = await self._proved(wire, self._introduce(wire, demand_proof(wire, self._admit)))
         except (Refusal, TimeoutError) as e:
             logger.info("a connection from %s was closed: %s", host, e if str(e) else f"it proved nothing within {PROOF_TIMEOUT:g} s")
             return
-        link = self._link(wire, ticket.dialer)
+        link = self._link(wire, ticket.dialer, near)
         link.open(self._accepted(link))
 
     def _welcomed(self, task: asyncio.Task[None], wire: Wire, host: str) -> None:
@@ -117,8 +118,15 @@ class StreamTransport(Transport):
             wire.close()
             raise
 
-    def _link(self, wire: Wire, uid: int) -> WireLink:
-        link = WireLink(wire, uid, closed=self._forget)
+    async def _introduce(self, wire: Wire, proof: Coroutine[Any, Any, T]) -> tuple[T, OtherShared | None]:
+        return await proof, await self._meet(wire)
+
+    async def _meet(self, wire: Wire) -> OtherShared | None:
+        """What the other side shares with this process, if both are on one host."""
+        return None
+
+    def _link(self, wire: Wire, uid: int, near: OtherShared | None) -> WireLink:
+        link = WireLink(wire, uid, near=near, closed=self._forget)
         self._links[link] = None
         return link
 

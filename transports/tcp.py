@@ -11,7 +11,7 @@ import socket
 import struct
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from pccl.core.address import is_loopback, join
 from pccl.core.errors import ConnectError
@@ -44,6 +44,11 @@ class TcpWire(Wire):
         self._loop = asyncio.get_running_loop()
         self._unacked_since: float | None = None
 
+    @property
+    def socket(self) -> socket.socket:
+        """The socket; OSError once it is closed."""
+        return self._sock or self._closed()
+
     def fileno(self) -> int:
         """The socket's."""
         return self._fd if self._sock is not None else -1
@@ -64,21 +69,21 @@ class TcpWire(Wire):
 
     def read(self, buffers: Sequence[memoryview]) -> int:
         """Read what is there."""
-        sock = self._sock or self._closed()
+        sock = self.socket
         if len(buffers) == 1:
             return sock.recv_into(buffers[0])
         return sock.recvmsg_into(buffers)[0]
 
     def write(self, buffers: Sequence[memoryview | bytes]) -> int:
         """Hand the kernel what it takes."""
-        sock = self._sock or self._closed()
+        sock = self.socket
         if len(buffers) == 1:
             return sock.send(buffers[0])
         return sock.sendmsg(buffers[:IOV_MAX])
 
     def shutdown(self) -> None:
         """End this direction."""
-        (self._sock or self._closed()).shutdown(socket.SHUT_WR)
+        self.socket.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
         """End both."""
@@ -190,9 +195,13 @@ class TcpTransport(StreamTransport):
                     loop.remove_reader(listener.fileno())  # who waits there would keep the loop busy
                     loop.call_later(ACCEPT_PAUSE, self._listen_again, listener)
                 return
-            host = peer[0].removeprefix("::ffff:")
-            self._warn(host)
-            self._welcome_soon(TcpWire(sock), host)
+            self._welcome_soon(*self._taken(sock, peer))
+
+    def _taken(self, sock: socket.socket, peer: Any) -> tuple[Wire, str]:
+        """The wire of a connection that came in, and the host that it came from."""
+        host = peer[0].removeprefix("::ffff:")
+        self._warn(host)
+        return TcpWire(sock), host
 
     def _listen_again(self, listener: socket.socket) -> None:
         if listener in self._listeners:

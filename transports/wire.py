@@ -78,13 +78,13 @@ async def offer_proof(wire: Wire, ticket: LinkTicket) -> None:
         Refusal: the other side does not know the secret, or hung up.
     """
     hello = HELLO.pack(MAGIC, VERSION, ticket.admission, ticket.dialer, ticket.acceptor, os.urandom(NONCE_BYTES))
-    await _write(wire, hello)
-    reply = await _read(wire, NONCE_BYTES + PROOF_BYTES)
+    await write_all(wire, hello)
+    reply = await read_exactly(wire, NONCE_BYTES + PROOF_BYTES)
     said = hello + reply[:NONCE_BYTES]
     if not hmac.compare_digest(reply[NONCE_BYTES:], _proof(ticket.secret, b"acceptor", said)):
         raise Refusal("the other side does not know the epoch's secret")
-    await _write(wire, _proof(ticket.secret, b"dialer", said))
-    if await _read(wire, len(WELCOME)) != WELCOME:
+    await write_all(wire, _proof(ticket.secret, b"dialer", said))
+    if await read_exactly(wire, len(WELCOME)) != WELCOME:
         raise Refusal("the other side did not accept the proof")
 
 
@@ -94,7 +94,7 @@ async def demand_proof(wire: Wire, admit: Admit) -> LinkTicket:
     Raises:
         Refusal: the stranger is none of ours.
     """
-    hello = await _read(wire, HELLO.size)
+    hello = await read_exactly(wire, HELLO.size)
     magic, version, admission, dialer, acceptor, _ = HELLO.unpack(hello)
     if magic != MAGIC or version != VERSION:
         raise Refusal("this is no pccl peer")
@@ -103,10 +103,10 @@ async def demand_proof(wire: Wire, admit: Admit) -> LinkTicket:
         raise Refusal(f"nobody expects peer {dialer} in admission {admission}")
     nonce = os.urandom(NONCE_BYTES)
     said = hello + nonce
-    await _write(wire, nonce + _proof(ticket.secret, b"acceptor", said))
-    if not hmac.compare_digest(await _read(wire, PROOF_BYTES), _proof(ticket.secret, b"dialer", said)):
+    await write_all(wire, nonce + _proof(ticket.secret, b"acceptor", said))
+    if not hmac.compare_digest(await read_exactly(wire, PROOF_BYTES), _proof(ticket.secret, b"dialer", said)):
         raise Refusal("wrong proof")
-    await _write(wire, WELCOME)
+    await write_all(wire, WELCOME)
     return ticket
 
 
@@ -114,15 +114,19 @@ def _proof(secret: bytes, role: bytes, said: bytes) -> bytes:
     return hmac.digest(secret, role + said, hashlib.sha256)
 
 
-async def _read(wire: Wire, n: int) -> bytes:
-    """Exactly n bytes."""
+async def read_exactly(wire: Wire, n: int) -> bytes:
+    """Exactly n bytes.
+
+    Raises:
+        Refusal: the connection broke, or ended.
+    """
     data = memoryview(bytearray(n))
     got = 0
     while got < n:
         try:
             more = wire.read([data[got:]])
         except BlockingIOError:
-            await _until(wire.notify_readable)
+            await until(wire.notify_readable)
             continue
         except OSError as e:
             raise Refusal(f"the connection broke: {e}") from e
@@ -132,18 +136,23 @@ async def _read(wire: Wire, n: int) -> bytes:
     return bytes(data)
 
 
-async def _write(wire: Wire, data: bytes) -> None:
+async def write_all(wire: Wire, data: bytes) -> None:
+    """All of it.
+
+    Raises:
+        Refusal: the connection broke.
+    """
     sent = 0
     while sent < len(data):
         try:
             sent += wire.write([data[sent:]])
         except BlockingIOError:
-            await _until(wire.notify_writable)
+            await until(wire.notify_writable)
         except OSError as e:
             raise Refusal(f"the connection broke: {e}") from e
 
 
-async def _until(notify: Callable[[Callable[[], None] | None], None]) -> None:
+async def until(notify: Callable[[Callable[[], None] | None], None]) -> None:
     """Wait until the wire calls back."""
     event = asyncio.Event()
     notify(event.set)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from pccl.core.codec import message
 from pccl.core.types import CallId, Epoch, Member, Pair, Tag
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class Reason(IntEnum):
@@ -158,7 +158,7 @@ class Flag(IntEnum):
     SEALED = 2
     """All of the call is known: false for a round whose body still runs, and which therefore has no signature yet."""
     PLAIN = 4
-    """``atomic=False``: there is no verdict unless it fails, and `Done` only ends what `Enter` announced."""
+    """``atomic=False``, or it commits in shared memory: no verdict comes unless it fails, and `Done` only ends what `Enter` announced."""
     AFTER_SKIP = 8
     """In the place just before it the member has skipped an update, of which it told nobody."""
 
@@ -223,6 +223,8 @@ class Report:
     peer: PeerInfo
     uid: int
     comms: tuple[CommReport, ...]
+    near: tuple[int, ...] = ()
+    """With whom it shares memory"""
 
 
 @message(8)
@@ -231,6 +233,8 @@ class Ready:
 
     admission: int
     failed: tuple[int, ...]
+    near: tuple[int, ...] = ()
+    """Those of them with whom this member shares memory"""
 
 
 @message(9)
@@ -318,6 +322,8 @@ class NewEpoch:
     detail: str
     seq: int
     """Counts as a verdict, see `Verdict.seq`."""
+    near: bool = False
+    """Every two members share memory: their untagged collectives go through it, and commit there."""
 
 
 @message(36)
@@ -418,6 +424,8 @@ class SubComm(NamedTuple):
     comm: int
     epoch: Epoch
     uids: tuple[int, ...]
+    near: bool
+    """As in `NewEpoch`"""
 
 
 @message(66)

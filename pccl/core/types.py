@@ -61,6 +61,10 @@ class CallId(NamedTuple):
         return xxhash.xxh3_64_intdigest(repr(self).encode()) | 1 << 63
 
 
+LOCAL_CALLS = 16
+"""Calls of a communicator that may run in shared memory at a time: who is in one, knows that everyone has ended those so far back."""
+
+
 @dataclass(frozen=True, slots=True)
 class View:
     """A membership as a caller sees it: immutable; it changes only when a call returns or raises."""

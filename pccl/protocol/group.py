@@ -46,6 +46,7 @@ from pccl.core.types import CallId, Epoch, Member
 from pccl.protocol.admission import Admission, Dial
 from pccl.protocol.election import Conflict, elect
 from pccl.protocol.ledger import Call, Ledger, Phase
+from pccl.protocol.near import Near
 from pccl.protocol.reach import gaps, outcasts
 from pccl.protocol.takeover import newest_epoch, rebuild
 
@@ -86,6 +87,7 @@ class Group:
         self.pending: list[Peer] = []
         self.broken: set[Link] = set()
         """Pairs of members that go on without a link."""
+        self.near = Near()
         self._options = options
         self._random_bytes = random_bytes
         self._recover_until = recover_until
@@ -245,7 +247,7 @@ class Group:
             epoch = self._next_epoch()
             self.ledgers[epoch.number] = sub = Ledger(self, epoch.number, epoch, [ledger.members[u] for u in uids])
             sub.broken = ledger.broken
-            made.append(SubComm(epoch.number, epoch, tuple(uids)))
+            made.append(SubComm(epoch.number, epoch, tuple(uids), self.near.all_met(uids)))
         return codec.encode(SplitResult(tuple(made)))
 
     def stopped(self, ledger: Ledger) -> None:
@@ -432,7 +434,10 @@ class Group:
 
     def _ready(self, peer: Peer, m: Ready) -> None:
         admission = self._admission
-        if admission and m.admission == admission.number and admission.ready(peer.uid, m.failed):
+        if not admission or m.admission != admission.number:
+            return
+        self.near.met(peer.uid, [other for dialer, other in admission.dials if dialer == peer.uid], m.near)
+        if admission.ready(peer.uid, m.failed):
             if admission.turn(self._now):
                 self._dial()
             else:
@@ -502,7 +507,10 @@ class Group:
     def _install(self, ledger: Ledger, **how: object) -> None:
         broken = tuple(sorted(link for link in self.broken if link.low in self.peers and link.high in self.peers))
         self.broken = set(broken)
-        ledger.install(self._next_epoch(), broken=broken, next_uid=self._next_uid, **how)  # type: ignore[arg-type]
+        self.near.keep(self.peers)
+        here = {*ledger.members, *(m.uid for m in how.get("joined", ()))}  # type: ignore[attr-defined]
+        near = self.near.all_met(here)
+        ledger.install(self._next_epoch(), broken=broken, next_uid=self._next_uid, near=near, **how)  # type: ignore[arg-type]
         logger.info("group %r: epoch %s of communicator %d has %d members", self.name, ledger.epoch, ledger.comm, len(ledger.members))
         if ledger.comm == ROOT:
             self.peers = {uid: self.peers[uid] for uid in ledger.members}
@@ -601,6 +609,8 @@ class Group:
         self._number = max(r.epoch.number for r in everyone)
         self._next_uid = max(r.next_uid for r in everyone)
         self.broken = set(comms[0].newest.broken)
+        for member, (_, m) in found.items():
+            self.near.met(member.uid, m.near, m.near)
         self.peers = {m.uid: found[m][0] for m in comms[0].survivors}
         stale = [peer.conn for m, (peer, _) in found.items() if self.peers.get(m.uid) is not peer]
         self.outbox.append((stale, Gone(self.rid, Reason.TAKEOVER, "the group had gone on without it before its master was replaced")))

@@ -203,7 +203,10 @@ class Ledger:
         """A member that is done with a call will not wait any longer."""
         if self._current(uid, m.epoch):
             call = self.calls.get(m.call)
-            if call and not call.verdict:
+            if call and not call.verdict and call.flags & Flag.PLAIN:  # it commits without the master: only all members together know
+                call.failure = call.failure or (m.reason, m.detail)
+                self.stop(m.reason, m.detail)
+            elif call and not call.verdict:
                 self.abort(call, m.reason, m.detail, by=uid)
 
     def leave(self, uid: int, m: Leave) -> None:
@@ -380,6 +383,7 @@ class Ledger:
         next_index: int = 0,
         broken: tuple[Link, ...] = (),
         next_uid: int = 0,
+        near: bool = False,
     ) -> None:
         """Begin a new epoch: tell every member, newcomers included, who is in it and how calls were decided."""
         before = dict(self.members)
@@ -408,6 +412,7 @@ class Ledger:
             self.cause[0],
             self.cause[1],
             self._seq,
+            near,
         )
         self.host.send(self.members, message)
         self.epoch, self.broken = epoch, broken

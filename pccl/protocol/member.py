@@ -32,7 +32,7 @@ from pccl.core.messages import (
     UpdateAsk,
     Verdict,
 )
-from pccl.core.types import CallId, Epoch, Pair, Tag, View
+from pccl.core.types import LOCAL_CALLS, CallId, Epoch, Pair, Tag, View
 from pccl.protocol.progress import Progress
 from pccl.protocol.record import MOVING, OPEN, Host, Op, Outcome, Record, State, Stored
 
@@ -71,6 +71,8 @@ class Membership:
         self.fresh = fresh
         """An admission has just ended: the next call, if it is an update, returns at once and takes no place."""
         self.broken: tuple[Link, ...] = ()
+        self.near = False
+        """Every two members share memory."""
         self.departed: dict[int, bool] = {}
         """Uids of former members -> whether they left of their own will"""
         self.next_index = next_index
@@ -92,6 +94,8 @@ class Membership:
         """Those of them that have ended with a verdict, by its number."""
         self._skipped: deque[Record] = deque()
         """Updates that were skipped, until everyone has passed them."""
+        self._local: deque[tuple[CallId, int]] = deque(maxlen=LOCAL_CALLS)
+        """The last calls that this member has committed in shared memory, with their epochs' numbers: others may not be so far"""
         self._stored: dict[CallId, Stored] = {}
         self._bits: dict[int, int] = {}
         """index -> what the verdict of that untagged call said of newcomers"""
@@ -155,9 +159,11 @@ class Membership:
         if record.state is not State.RUNNING or self.stopped:
             return
         op = record.op
-        if not op.atomic:
+        if self._ends_itself(op):
             if record.announced:
                 self.host.send(Done(self.comm, self.epoch, record.id, self._sign(op), op.description, b"", self.ack))
+            if op.atomic:
+                self.committed(record.id)
             self._end(record, State.ENDED, Outcome(True, self.view), now)
             return
         record.state = State.DONE
@@ -166,6 +172,10 @@ class Membership:
         self.host.send(Done(self.comm, self.epoch, record.id, self._sign(op), op.description, payload, self.ack, flags))
         record.announced = True
 
+    def committed(self, call: CallId) -> None:
+        """A call is committed in shared memory."""
+        self._local.append((call, self.epoch.number))
+
     def give(self, record: Record) -> None:
         """What the member gives to the call took time to make, and is there now."""
         if record.state is State.RUNNING and not self.stopped:
@@ -173,7 +183,7 @@ class Membership:
 
     def expire(self, record: Record, reason: int, detail: str, now: float) -> None:
         """The call's deadline has passed, its caller cancelled it, its round's body raised, or a frame does not match."""
-        if record.expired or (record.state is State.DONE and reason == Reason.MISMATCH):
+        if record.expired or record.op.decided or (record.state is State.DONE and reason == Reason.MISMATCH):
             return
         record.expired, record.expired_at = (reason, detail), now
         self._expired.append(record)
@@ -181,9 +191,14 @@ class Membership:
             self._tell(record, Outcome(False, self.view, reason, detail, by=self.uid))
         elif self.stopped:
             pass  # what was reported stands until the decision; if that is to try again, its own word goes out then
+        elif record.op.exposed:
+            if not record.announced:
+                self._announce(record, b"")
+            self._overdue(record)
         elif record.state in (State.HELD, State.RUNNING):
             self._fail(record, now)
         elif record.state is State.DONE:
+            record.state = State.OVERDUE
             self._overdue(record)
 
     def leave(self) -> None:
@@ -230,7 +245,9 @@ class Membership:
         letters = {State.DONE: "D", State.OVERDUE: "D", State.COMMITTED: "C", State.ABORTED: "A", State.SKIPPED: "U"}
         for r in self._records.values():
             payload = r.payload or (r.op.payload() if r.state in (State.DONE, State.OVERDUE) else b"")
-            calls.append(CallReport(r.id, letters.get(r.state, "R"), r.number, r.waiting, r.admitted, payload))
+            letter = "C" if r.op.decided else letters.get(r.state, "R")
+            calls.append(CallReport(r.id, letter, r.number, r.waiting, r.admitted, payload))
+        calls += [CallReport(call, "C", number, -1, False, b"") for call, number in self._local if call not in self._records]
         return CommReport(
             self.comm,
             self.epoch,
@@ -269,7 +286,7 @@ class Membership:
         self.view = view_of(m, self.uid)
         old_members = {x.uid for x in old.members}
         self.departed.update({**{x.uid: True for x in m.left}, **{x.uid: False for x in m.lost}})
-        self.broken, self.next_uid, self.synced = m.broken, m.next_uid, m.synced
+        self.broken, self.next_uid, self.synced, self.near = m.broken, m.next_uid, m.synced, m.near
         self.host.epoch_changed(self.comm, old, self.view)  # which complains of links that are missing and not known to be broken
         self.ack = max(self.ack, m.seq)
         self._leaving = {}
@@ -298,7 +315,7 @@ class Membership:
         else:
             if record.state in OPEN and d.admitted:
                 record.admitted = self.fresh = True
-            if outcome.committed and record.state in (State.HELD, State.RUNNING) and not record.op.is_update:
+            if outcome.committed and record.state in (State.HELD, State.RUNNING) and not (record.op.is_update or record.op.exposed):
                 outcome = Outcome(False, self.view, Reason.MISMATCH, "other members skipped an update in this place")
             self._learn(record, outcome, d.waiting, seq, now)
 
@@ -406,9 +423,13 @@ class Membership:
 
     def _announce(self, record: Record, payload: bytes) -> None:
         op = record.op
-        flags = Flag.RETRY * op.retry | Flag.SEALED * op.sealed | Flag.PLAIN * (not op.atomic) | self._after_skip(record)
+        flags = Flag.RETRY * op.retry | Flag.SEALED * op.sealed | Flag.PLAIN * self._ends_itself(op) | self._after_skip(record)
         self.host.send(Enter(self.comm, self.epoch, record.id, self._sign(op), op.description, payload, flags))
         record.announced = True
+
+    def _ends_itself(self, op: Op) -> bool:
+        """Whether no verdict comes unless it fails."""
+        return not op.atomic or (op.local and self.near)
 
     def _after_skip(self, record: Record) -> int:
         before = self._records.get(CallId(None, record.id.n - 1)) if record.untagged else None
@@ -431,7 +452,6 @@ class Membership:
 
     def _overdue(self, record: Record) -> None:
         assert record.expired
-        record.state = State.OVERDUE
         self.host.send(Overdue(self.comm, self.epoch, record.id, *record.expired))
 
     def _learn(self, record: Record, outcome: Outcome, waiting: int, seq: int, now: float) -> None:
@@ -444,7 +464,7 @@ class Membership:
         if record.owes_finish:
             self._pay(record, outcome)
         elif record.state in OPEN:
-            if outcome.committed and not (record.state in (State.DONE, State.OVERDUE) or record.op.is_update):
+            if outcome.committed and not (record.state in (State.DONE, State.OVERDUE) or record.op.is_update or record.op.exposed):
                 raise InternalError(f"{record.op.description} {record.id}: a commit met a call that is {record.state.value} here")
             record.payload = outcome.payload or record.payload
             if record.state in MOVING and not outcome.committed and not self.stopped:

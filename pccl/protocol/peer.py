@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import Enum
 from typing import Protocol
 
@@ -75,6 +76,8 @@ class Peer:
         self.standpoint = Standpoint.NEW
         self.uid = -1
         self.comms: dict[int, Membership] = {}
+        self.near: set[int] = set()
+        """Uids of those with whom this peer shares memory"""
         self._rid = 0
 
     @property
@@ -92,9 +95,9 @@ class Peer:
         if self.standpoint in (Standpoint.PENDING, Standpoint.MEMBER):
             self.host.send(Beat(progress, tuple(Standing(c.comm, c.ack, c.next_index) for c in self.comms.values())))
 
-    def links_made(self, admission: int, failed: tuple[int, ...]) -> None:
+    def links_made(self, admission: int, dialled: Iterable[int], failed: tuple[int, ...]) -> None:
         """Every link of an admission that was to be dialled is made, but for those to `failed`."""
-        self.host.send(Ready(admission, failed))
+        self.host.send(Ready(admission, failed, tuple(uid for uid in dialled if uid in self.near)))
 
     def link_lost(self, uid: int, detail: str, *, lacking: bool) -> None:
         """A link broke, or is missing; in a call that is under way data of that member may have yet to come."""
@@ -134,7 +137,7 @@ class Peer:
         elif isinstance(m, NewEpoch) and m.comm == ROOT:
             self._rid = m.rid
             root = self._membership(ROOT, view_of(m, self.uid), m)
-            root.broken, root.next_uid, root.synced = m.broken, m.next_uid, m.synced
+            root.broken, root.next_uid, root.synced, root.near = m.broken, m.next_uid, m.synced, m.near
             self.standpoint = Standpoint.MEMBER
             self.host.admitted(root.view)
 
@@ -147,7 +150,7 @@ class Peer:
         elif m.rid != self._rid:
             return
         asked = [c for n, c in self.comms.items() if n in m.comms or not m.comms]
-        self.host.send(Report(m.rid, self.info, self.uid, tuple(c.stop() for c in asked)))
+        self.host.send(Report(m.rid, self.info, self.uid, tuple(c.stop() for c in asked), tuple(self.near)))
 
     def _membership(self, comm: int, view: View, m: NewEpoch | None = None) -> Membership:
         self.comms[comm] = made = Membership(
@@ -172,7 +175,7 @@ class Peer:
             if self.uid in sub.uids and sub.comm not in self.comms:
                 members = tuple(known[u] for u in sub.uids if u in known)
                 made = self._membership(sub.comm, View(Epoch(*sub.epoch), [m.uid for m in members].index(self.uid), members))
-                made.broken, made.next_uid = parent.broken, parent.next_uid
+                made.broken, made.next_uid, made.near = parent.broken, parent.next_uid, sub.near
                 made.stopped = made.epoch[:2] != parent.epoch[:2]  # an earlier master made it; its successor is about to tell its epoch
                 return made
         return None

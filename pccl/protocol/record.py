@@ -45,6 +45,12 @@ class Op(Protocol):
     is_update: bool
     sealed: bool
     """All of it is known; false while the body of a round runs."""
+    local: bool
+    """Among members that share memory it goes through that, and commits there."""
+    exposed: bool
+    """Of such a call: the other members may have committed it. Its end is no longer this member's alone to say."""
+    decided: bool
+    """Likewise: this member has committed it."""
     signature: int
     description: str
 

@@ -84,8 +84,8 @@ class Member:
     def done(self, transfer: Moving) -> None:
         self.finished += 1
 
-    def mismatch(self, transfer: Moving, flow: Any) -> None:
-        self.mismatches.append(flow.other)
+    def mismatch(self, transfer: Moving, uid: int) -> None:
+        self.mismatches.append(uid)
 
     def take_scratch(self, nbytes: int) -> Any:
         raise AssertionError("a volley has its own")

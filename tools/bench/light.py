@@ -106,7 +106,7 @@ class LightPeer:
 
     def make_links(self, m: Prepare) -> None:
         """There are none to make."""
-        self._peer.links_made(m.admission, ())
+        self._peer.links_made(m.admission, (), ())
 
     def admitted(self, view: View) -> None:
         """This peer is a member."""

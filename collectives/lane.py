@@ -1,0 +1,256 @@
+"""How far the members of one host are in each call: words in the memory that they share, each written by one member and read by all.
+
+Every member has, for each epoch of a communicator, a lane in its own region: RING slots, of which a call uses the one that its index says.
+A slot's first word holds call and phase; the words behind it (the call's signature, where its data lies) are written before the first one
+is, and stay until the slot is used again. Processors of x86 keep the order of stores and of loads; others are not supported.
+
+What the phases promise, and what a member may conclude from them (design section 7):
+
+- IN: the input is there to be read, and belongs to a call of this signature.
+- DONE: this member's share of the work is done and lies in shared memory, and it will not read inputs again. Of an atomic call all DONE is
+  the commit: the first who sees them all has decided for all.
+- OUT: this member reads nothing more of the others' for this call. Its slot may be used again when everyone is OUT.
+- VOID: the call failed here, and the input is withdrawn: what was read of it is worthless.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from pccl.core.types import LOCAL_CALLS as RING
+from pccl.core.types import Epoch
+from pccl.transports.region import ASLEEP, FIRST, OtherShared, OwnShared, full_fence
+
+IN, DONE, OUT, VOID = 1, 2, 3, 7
+"""Phases, in their order"""
+
+SMALL = 64 << 10
+"""Bytes of input that fit into a slot."""
+LANES = 64
+"""Epochs of communicators, before one's place is used again."""
+
+_LINE = 64
+"""Bytes of a slot's words: a cache line of its own"""
+_WORDS_BYTES = -(-_LINE * (RING + 1) // mmap.PAGESIZE) * mmap.PAGESIZE
+_LANE_BYTES = _WORDS_BYTES + RING * SMALL
+ROOM = FIRST + LANES * _LANE_BYTES
+"""Bytes of a region in front of what `Commons.take` gives out"""
+_SIGNATURE, _INPUT, _RESULT = 1, 2, 3
+"""Words of a slot, besides its first"""
+HERE = 1 << 63
+"""Marks a place in the region, not in the process's own memory."""
+
+
+class Commons:
+    """One's own region, divided up: lanes, and memory for what has to be shared and is too large for a slot."""
+
+    def __init__(self, region: OwnShared) -> None:
+        self.region = region
+        self._turn = 0
+        self._taken: dict[int, int] = {}
+        """offset -> bytes"""
+        self._dirty = False
+        self._idle_since: float | None = None
+
+    def open_lane(self, epoch: Epoch) -> int:
+        """The offset of a lane for an epoch, from now on to be found by the others."""
+        offset = FIRST + self._turn * _LANE_BYTES
+        self._turn = (self._turn + 1) % LANES
+        words, at = self.region.words, offset // 8
+        words[at] = 0
+        self.region.view(offset + _LINE, _LINE * RING)[:] = 0
+        words[at + 1] = epoch.rid
+        words[at] = _name(epoch)
+        return offset
+
+    def take(self, nbytes: int) -> int:
+        """The offset of free memory, in whole cache lines.
+
+        Raises:
+            MemoryError: there is none.
+        """
+        size = max(_LINE, -(-nbytes // _LINE) * _LINE)
+        start = -(-ROOM // mmap.PAGESIZE) * mmap.PAGESIZE
+        for offset in sorted(self._taken):
+            if offset - start >= size:
+                break
+            start = offset + self._taken[offset]
+        if start + size > len(self.region.memory):
+            raise MemoryError(f"no {nbytes} bytes of shared memory are left")
+        self._taken[start] = size
+        self._dirty, self._idle_since = True, None
+        return start
+
+    def give(self, offset: int) -> None:
+        """It is not needed any more."""
+        del self._taken[offset]
+
+    def unused_for(self, now: float) -> float:
+        """Seconds since this was first asked after the last `take`; 0 where nothing was taken since the last `trim`."""
+        if not self._dirty:
+            return 0.0
+        if self._idle_since is None:
+            self._idle_since = now
+        return now - self._idle_since
+
+    def trim(self) -> None:
+        """Give memory that was taken once, and is not now, back to the system."""
+        if not self._taken:
+            self._dirty = False
+            self.region.release(ROOM, len(self.region.memory) - ROOM)
+
+
+def _name(epoch: Epoch) -> int:
+    return epoch.term << 32 | epoch.number
+
+
+class Lane:
+    """The words of all members for one epoch of a communicator.
+
+    Args:
+        others: rank -> neighbour, of all but this member.
+    """
+
+    def __init__(self, commons: Commons, epoch: Epoch, rank: int, others: Mapping[int, OtherShared]) -> None:
+        self.commons = commons
+        self.epoch = epoch
+        self.rank = rank
+        self.others = others
+        self.readable = all(other.readable for other in others.values())
+        """Every member can read every other one's own memory."""
+        self._offset = commons.open_lane(epoch)
+        self._own = commons.region.words
+        self._at = self._offset // 8
+        self._found: dict[int, int] = {}
+        """rank -> offset of its lane"""
+        self._last = [0] * RING
+        """The last state of each of one's own slots"""
+        self._kept: list[list[int]] = [[] for _ in range(RING)]
+        """Memory taken for the call in each slot"""
+        self._asides: dict[int, npt.NDArray[np.uint8]] = {}
+
+    # --- one's own words ----------------------------------------------------------------------------------------------
+
+    def is_free(self, n: int) -> bool:
+        """Whether the slot for call n may be used: everyone is out of the call that used it before."""
+        slot = n % RING
+        if self._last[slot] and not self._is_over(slot):
+            return False
+        self._give(slot)
+        return True
+
+    def enter(self, n: int, signature: int, source: int) -> None:
+        """This member is in call n; its input lies there."""
+        at = self._line(n)
+        self._own[at + _SIGNATURE] = signature
+        self._own[at + _INPUT] = source
+        self.publish(n, IN)
+
+    def place_result(self, n: int, where: int) -> None:
+        """Say where the result will lie, before DONE."""
+        self._own[self._line(n) + _RESULT] = where
+
+    def publish(self, n: int, phase: int) -> None:
+        """A phase of call n is reached."""
+        slot = n % RING
+        self._last[slot] = state = (n + 1) << 3 | phase
+        self._own[self._at + 8 * (slot + 1)] = state
+        full_fence()
+        for other in self.others.values():
+            if other.words[ASLEEP]:
+                other.ring()
+
+    def room(self, n: int) -> npt.NDArray[np.uint8]:
+        """The slot's own memory."""
+        return self.commons.region.view(self._room(self._offset, n), SMALL)
+
+    def room_at(self, n: int) -> int:
+        """Where that is, for `enter`."""
+        return self._room(self._offset, n) | HERE
+
+    def take(self, n: int, nbytes: int) -> tuple[npt.NDArray[np.uint8], int]:
+        """Shared memory until the slot is used again, and where it is, for `enter` or `place_result`."""
+        self.reap()
+        offset = self.commons.take(nbytes)
+        self._kept[n % RING].append(offset)
+        return self.commons.region.view(offset, nbytes), offset | HERE
+
+    def reap(self) -> None:
+        """Give back what was taken for calls that everyone is out of."""
+        for slot, kept in enumerate(self._kept):
+            if kept and self._is_over(slot):
+                self._give(slot)
+
+    def aside(self, n: int, nbytes: int) -> npt.NDArray[np.uint8]:
+        """Private memory for what becomes of a small call, in a whole cache line."""
+        slot = n % RING
+        if slot not in self._asides:
+            memory = np.empty(SMALL + _LINE, np.uint8)
+            start = -memory.__array_interface__["data"][0] % _LINE
+            self._asides[slot] = memory[start : start + SMALL]
+        return self._asides[slot][:nbytes]
+
+    def close(self) -> None:
+        """No member will read anything of this epoch any more."""
+        for slot in range(RING):
+            self._give(slot)
+
+    # --- the others' --------------------------------------------------------------------------------------------------
+
+    def phase(self, rank: int, n: int) -> int:
+        """How far a member is in call n: 0 if it has not come there; OUT if it has gone on."""
+        state = self._state(rank, n % RING)
+        call = state >> 3
+        if call == n + 1:
+            return state & 7
+        return OUT if call > n + 1 else 0
+
+    def signature(self, rank: int, n: int) -> int:
+        """What its call is; once it is IN."""
+        return self.others[rank].words[self._their_line(rank, n) + _SIGNATURE]
+
+    def source(self, rank: int, n: int) -> int:
+        """Where its input lies; once it is IN."""
+        return self.others[rank].words[self._their_line(rank, n) + _INPUT]
+
+    def result(self, rank: int, n: int) -> int:
+        """Where its result lies; once it is DONE."""
+        return self.others[rank].words[self._their_line(rank, n) + _RESULT]
+
+    # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _state(self, rank: int, slot: int) -> int:
+        offset = self._found.get(rank) or self._find(rank)
+        return self.others[rank].words[offset // 8 + 8 * (slot + 1)] if offset else 0
+
+    def _is_over(self, slot: int) -> bool:
+        """Whether everyone is out of the call that one's own slot was used for last."""
+        out = self._last[slot] >> 3 << 3 | OUT
+        return all(self._state(rank, slot) >= out for rank in self.others)
+
+    def _find(self, rank: int) -> int:
+        """The offset of a member's lane; 0 as long as it is not in this epoch."""
+        words, name = self.others[rank].words, _name(self.epoch)
+        for offset in range(FIRST, FIRST + LANES * _LANE_BYTES, _LANE_BYTES):
+            if words[offset // 8] == name and words[offset // 8 + 1] == self.epoch.rid:
+                self._found[rank] = offset
+                return offset
+        return 0
+
+    def _line(self, n: int) -> int:
+        return self._at + 8 * (n % RING + 1)
+
+    def _their_line(self, rank: int, n: int) -> int:
+        return self._found[rank] // 8 + 8 * (n % RING + 1)
+
+    @staticmethod
+    def _room(offset: int, n: int) -> int:
+        return offset + _WORDS_BYTES + n % RING * SMALL
+
+    def _give(self, slot: int) -> None:
+        while self._kept[slot]:
+            self.commons.give(self._kept[slot].pop())
