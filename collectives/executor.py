@@ -31,6 +31,9 @@ class ExecutorHost(Protocol):
     def transfer_mismatch(self, transfer: Moving, uid: int) -> None:
         """A peer's frames are not of the same call."""
 
+    def transfer_failed(self, transfer: Moving, error: Exception) -> None:
+        """It cannot go on here."""
+
     def flow_broken(self, uid: int, error: Exception, *, lacking: bool) -> None:
         """The link to a peer is gone; data of it may have yet to come."""
 
@@ -114,7 +117,11 @@ class Executor:
         """Take what goes through shared memory a step further; returns whether anything has moved."""
         moved = False
         for pull in list(self._pulls):
-            moved |= pull.step()
+            try:
+                moved |= pull.step()
+            except Exception as e:
+                moved = True
+                self._host.transfer_failed(pull, e)
         return moved
 
     @property

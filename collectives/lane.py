@@ -1,8 +1,9 @@
 """How far the members of one host are in each call: words in the memory that they share, each written by one member and read by all.
 
 Every member has, for each epoch of a communicator, a lane in its own region: RING slots, of which a call uses the one that its index says.
-A slot's first word holds call and phase; the words behind it (the call's signature, where its data lies) are written before the first one
-is, and stay until the slot is used again. Processors of x86 keep the order of stores and of loads; others are not supported.
+A slot's first word holds call, phase and whether newcomers wait; the words behind it (the call's signature, where its data lies) are
+written before the first one is, and stay until the slot is used again. Processors of x86 keep the order of stores and of loads; others
+are not supported.
 
 What the phases promise, and what a member may conclude from them (design section 7):
 
@@ -27,6 +28,10 @@ from pccl.transports.region import ASLEEP, FIRST, OtherShared, OwnShared, full_f
 
 IN, DONE, OUT, VOID = 1, 2, 3, 7
 """Phases, in their order"""
+_WAITING = 8
+"""Bit of a state that says that newcomers wait, as far as this member knows"""
+_CALL = 4
+"""Bits in front of the call"""
 
 SMALL = 64 << 10
 """Bytes of input that fit into a slot."""
@@ -119,6 +124,8 @@ class Lane:
         self.commons = commons
         self.epoch = epoch
         self.rank = rank
+        self.waiting = False
+        """Newcomers wait, as far as this member knows."""
         self.others = others
         self.readable = all(other.readable for other in others.values())
         """Every member can read every other one's own memory."""
@@ -155,9 +162,10 @@ class Lane:
         self._own[self._line(n) + _RESULT] = where
 
     def publish(self, n: int, phase: int) -> None:
-        """A phase of call n is reached."""
+        """A phase of call n is reached. From DONE on the word says whether newcomers wait, and goes on saying the same."""
         slot = n % RING
-        self._last[slot] = state = (n + 1) << 3 | phase
+        waiting = self._last[slot] & _WAITING if phase == OUT else _WAITING * self.waiting
+        self._last[slot] = state = (n + 1) << _CALL | waiting | phase
         self._own[self._at + 8 * (slot + 1)] = state
         full_fence()
         for other in self.others.values():
@@ -204,10 +212,15 @@ class Lane:
     def phase(self, rank: int, n: int) -> int:
         """How far a member is in call n: 0 if it has not come there; OUT if it has gone on."""
         state = self._state(rank, n % RING)
-        call = state >> 3
+        call = state >> _CALL
         if call == n + 1:
             return state & 7
         return OUT if call > n + 1 else 0
+
+    def anyone_waits(self, n: int) -> bool:
+        """Whether any member said, when it was DONE, that newcomers wait; once all are. All members find the same."""
+        slot = n % RING
+        return bool(self._last[slot] & _WAITING) or any(self._state(rank, slot) & _WAITING for rank in self.others)
 
     def signature(self, rank: int, n: int) -> int:
         """What its call is; once it is IN."""
@@ -229,8 +242,12 @@ class Lane:
 
     def _is_over(self, slot: int) -> bool:
         """Whether everyone is out of the call that one's own slot was used for last."""
-        out = self._last[slot] >> 3 << 3 | OUT
-        return all(self._state(rank, slot) >= out for rank in self.others)
+        call = self._last[slot] >> _CALL
+        for rank in self.others:
+            state = self._state(rank, slot)
+            if state >> _CALL < call or (state >> _CALL == call and state & 7 < OUT):
+                return False
+        return True
 
     def _find(self, rank: int) -> int:
         """The offset of a member's lane; 0 as long as it is not in this epoch."""

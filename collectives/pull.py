@@ -162,6 +162,8 @@ class Pull:
         """DONE is published: the others may have committed it."""
         self.committed = False
         """This member has seen that all are DONE."""
+        self.waiting = False
+        """Then: whether newcomers wait, the same on all members"""
         self.bytes_sent = 0
         self.bytes_received = 0
         self._host = host
@@ -258,7 +260,8 @@ class Pull:
         while not lane.is_free(n):
             yield False
         self._enter()
-        pending = list(lane.others)
+        whole = self.commits or errand.fold[1]
+        pending = [rank for rank in lane.others if whole or any(piece.rank == rank for piece in errand.copies)]
         while pending := [rank for rank in pending if not self._has_met(rank)]:
             yield False
         yield from self._work()
@@ -268,7 +271,7 @@ class Pull:
             pending = list(lane.others)
             while pending := [rank for rank in pending if lane.phase(rank, n) not in (DONE, OUT)]:
                 yield False
-            self.committed = True
+            self.committed, self.waiting = True, lane.anyone_waits(n)
             self._delivery = self._deliver()
             yield from self._delivery
         elif errand.parted:
@@ -387,7 +390,8 @@ class Pull:
                 m = min(size, piece.elements - low)
                 yield from self._read(piece.rank, where, low, self._result_place(piece.to + low, m))
                 yield True
-        yield from self._confirm()
+        if not self.commits:  # else all of it lay in shared memory
+            yield from self._confirm()
 
     # --- others' memory -----------------------------------------------------------------------------------------------
 

@@ -383,6 +383,12 @@ class Collective(_Parts):
         pull = self.parts[0].pull if self.parts else None
         return pull is not None and pull.committed
 
+    @property
+    def waiting(self) -> bool:  # type: ignore[override]
+        """See `Op.waiting`."""
+        pull = self.parts[0].pull if self.parts else None
+        return pull is not None and pull.waiting
+
     def is_complete(self) -> bool:
         """The one part."""
         return self.parts[0].done

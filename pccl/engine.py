@@ -35,7 +35,7 @@ from pccl.protocol.peer import ROOT, Peer, Standpoint
 from pccl.protocol.record import Outcome, Record
 from pccl.route import Routes
 from pccl.transports.base import ControlClient, Link, LinkHandler, LinkTicket, Refusal, Transport
-from pccl.transports.region import OwnShared
+from pccl.transports.region import OtherShared, OwnShared
 
 logger = logging.getLogger("pccl")
 
@@ -108,6 +108,7 @@ class Engine:
         """Of the communicators whose members all share memory"""
         self._past_lanes: dict[int, Lane] = {}
         """Those of their last epochs: somebody may still read there."""
+        self._neighbours: dict[OtherShared, None] = {}
         self._stepping = False
         self.poller = Poller(client, self._links, self._is_alone, lambda e: self._complain("a handler failed", e), self.executor, region)
         if region and region.fileno() >= 0:
@@ -177,17 +178,23 @@ class Engine:
         await self._transport.close()
         self._spare = None
         self.lanes, self._past_lanes, self._commons = {}, {}, None
+        self._leave_neighbours()
         region, self._region = self._region, None
         if region:
             if region.fileno() >= 0:
                 self._loop.remove_reader(region.fileno())
             region.close()
 
+    @property
+    def busy(self) -> bool:
+        """Whether calls are in flight."""
+        return bool(self._in_flight)
+
     def returned(self) -> bool:
         """A borrower is done with this engine; returns whether calls are in flight, for the loop to go on with."""
-        if self._in_flight and self.executor.pulls:
+        if self.executor.pulls:
             self.step_soon()
-        return bool(self._in_flight)
+        return self.busy
 
     # --- calls ------------------------------------------------------------------------------------------------------
 
@@ -416,7 +423,7 @@ class Engine:
         contacts = {c.uid: c.endpoints for c in m.contacts}
         results = await asyncio.gather(*(self._dial(m, uid, contacts.get(uid, ())) for uid in m.dial))
         if self._peer and self._ticket is m:
-            self._peer.links_made(m.admission, m.dial, tuple(uid for uid, ok in zip(m.dial, results, strict=True) if not ok))
+            self._peer.links_made(m.admission, tuple(uid for uid, ok in zip(m.dial, results, strict=True) if not ok))
 
     async def _dial(self, m: Prepare, uid: int, endpoints: tuple[str, ...]) -> bool:
         ticket = LinkTicket(m.admission, m.secret, m.uid, uid)
@@ -436,6 +443,7 @@ class Engine:
         flow.attach(link)
         if link.near and self._peer:
             self._peer.near.add(link.uid)
+            self._neighbours[link.near] = None
         self.poller.forget()
 
     async def _admit(self, admission: int, dialer: int, acceptor: int) -> LinkTicket | None:
@@ -471,8 +479,18 @@ class Engine:
                 self.executor.drop_flow(uid)
             if self._peer:
                 self._peer.near &= here
+            self._leave_neighbours()
             self._check_links(new)
         self._open_lane(comm)
+
+    def _leave_neighbours(self) -> None:
+        """Let go of those with whom there is neither a link nor a lane."""
+        linked = {link.near for link in self._links()}
+        for lane in (*self.lanes.values(), *self._past_lanes.values()):
+            linked.update(lane.others.values())
+        for gone in [other for other in self._neighbours if other not in linked]:
+            del self._neighbours[gone]
+            gone.close()
 
     def _open_lane(self, comm: int) -> None:
         """Have a place in shared memory for a communicator's new epoch, if all its members do."""
@@ -584,6 +602,11 @@ class Engine:
             self._open_lane(made.comm)
         return made
 
+    def newcomers_wait(self, comm: int, waiting: bool) -> None:
+        """Have this said by calls that commit in shared memory."""
+        if comm in self.lanes:
+            self.lanes[comm].waiting = waiting
+
     def waits_for(self, comm: int, m: Waiting) -> None:
         """Log that a call waits."""
         names = {x.uid: x.name for x in self.membership(comm).view.members}
@@ -673,6 +696,15 @@ class Engine:
         op = self._running.get(transfer)
         if op:
             self.mismatched(op, uid)
+
+    def transfer_failed(self, transfer: Moving, error: Exception) -> None:
+        """A transfer cannot go on here; so the call ends for all."""
+        if self._express and self._express.transfer is transfer:
+            self._express.become_operation()
+        op = self._running.get(transfer)
+        if op:
+            op.reason = self._reason(op, error)
+            self.fail(op, str(op.reason))
 
     def flow_broken(self, uid: int, error: Exception, *, lacking: bool) -> None:
         """The link to a peer is gone; data of it may have yet to come in a call that is under way."""

@@ -103,8 +103,9 @@ class Express:
             self.become_operation()
         if self.op:
             return None
-        if how.atomic:
-            self._membership.committed(CallId(None, self._index))
+        pull = part.pull
+        if pull and how.atomic:
+            self._membership.committed(CallId(None, self._index), pull.waiting)
         return part.commit(engine, view, self._began, 1)
 
     def transfer_done(self) -> None:

@@ -39,6 +39,7 @@ class Operation:
     local = False
     exposed = False
     decided = False
+    waiting = False
 
     def __init__(
         self,

@@ -62,13 +62,15 @@ async def all_go_on(comms: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("where", ["begin", "commit"])
-async def test_no_memory_for_a_call(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("transport", ["auto", "tcp"])
+async def test_no_memory_for_a_call(transport: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It fails for its caller at once, not at its deadline; for the others if it is not committed."""
-    async with group(2) as comms:
+    async with group(2, transport=transport) as comms:
         engine: Any = comms[0]._runtime.engine
         inputs = [np.full(50_000, k + 1.0) for k in range(2)]
         if where == "begin":
-            monkeypatch.setattr(engine, "spare", once(MemoryError("too much"), monkeypatch))
+            owner, name = (engine, "spare") if transport == "tcp" else (engine._commons, "take")
+            monkeypatch.setattr(owner, name, once(MemoryError("too much"), monkeypatch))
         else:
             monkeypatch.setattr(Part, "commit", once(MemoryError("too much"), monkeypatch))
         found = await outcomes((c.all_reduce(x, timeout=None) for c, x in zip(comms, inputs, strict=True)), within=20.0)
@@ -85,7 +87,7 @@ async def test_no_memory_for_a_call(where: str, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("retry", [False, True])
 async def test_arithmetic_that_raises_ends_the_attempt(retry: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the middle of a frame: the link is of no use any more, and made anew."""
-    async with group(2) as comms:
+    async with group(2, transport="tcp") as comms:
         engine: Any = comms[0]._runtime.engine
         inputs = [np.full(50_000, k + 1.0) for k in range(2)]
         for name in ("combine", "fold"):
@@ -150,7 +152,7 @@ async def test_what_came_early_of_another_call_ends_this_one_before_it_sends(
             r.all_reduce(np.ones(count), op)
             r.all_reduce(np.ones(count))
 
-    async with group(3) as comms:
+    async with group(3, transport="tcp") as comms:
         engine: Any = comms[2]._runtime.engine
         others = [asyncio.create_task(one(c, "sum")) for c in comms[:2]]
         await until(lambda: any(flow._early or flow._credits for flow in engine.executor.flows.values()))

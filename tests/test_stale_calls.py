@@ -28,7 +28,7 @@ NOW = View(Epoch(1, 1, 2), 0, HERE, lost=(Member(3, "peer 3", "here"),), left=(M
 )
 def test_a_call_that_a_loss_has_overtaken_is_aborted_and_names_the_lost(part: Part) -> None:
     with pytest.raises(CollectiveAborted, match=r"no longer a member|cannot be shared out among 3 members") as caught:
-        Routes(cast(Any, None)).find(part.ask, NOW, 0, (), part.description)
+        Routes(cast(Any, None)).find(part.ask, NOW, 0, (), part.description, local=False)
     assert caught.value.lost == ("peer 3",)
     assert caught.value.left == ("peer 4",)
     assert caught.value.survivors == ("peer 0", "peer 1", "peer 2")

@@ -52,7 +52,7 @@ class Link(ABC):
     uid: int
     """The peer's."""
     near: OtherShared | None = None
-    """What a peer of the same host shares with this one"""
+    """What a peer of the same host shares with this one, as long as the link is open"""
 
     @abstractmethod
     def fileno(self) -> int:

@@ -180,6 +180,7 @@ class WireLink(Link):
 
     def _forget_handler(self) -> LinkHandler | None:
         handler, self._handler = self._handler, None
+        self.near = None
         self._reader.serve(None, None)
         self._writer.serve(None, None)
         return handler

@@ -37,14 +37,20 @@ class UnixWire(TcpWire):
         """Never silent: the other side's system is this one."""
         return 0.0
 
-    async def meet(self, region: Region | None) -> Neighbour | None:
-        """Exchange regions with the other side, and find out whether each can read the other's memory. None if one has none to offer."""
+    async def meet(self, region: Region | None, *, dialled: bool) -> Neighbour | None:
+        """Exchange regions with the other side, and find out whether each can read the other's memory. None if one has none to offer.
+
+        The last word is the acceptor's: when the dialer has a link, both have.
+        """
         sock = self.socket
         pid, uid, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
         offer = region if uid == os.geteuid() else None
-        await self._present(sock, offer)
+        if dialled:
+            await self._present(sock, offer)
         said, fds = await self._hear(sock)
         there, nonce, address = _CARD.unpack(said)
+        if not dialled:
+            await self._present(sock, offer)
         if offer is None or not there or len(fds) != 2:
             for fd in fds:
                 os.close(fd)
@@ -52,8 +58,12 @@ class UnixWire(TcpWire):
         other = Neighbour(pid, *fds)
         try:
             can = _try(other, nonce, address)
-            await write_all(self, bytes([can]))
-            other.readable = can and (await read_exactly(self, 1)) == b"\1"
+            if dialled:
+                await write_all(self, bytes([can]))
+            they = (await read_exactly(self, 1)) == b"\1"
+            if not dialled:
+                await write_all(self, bytes([can]))
+            other.readable = can and they
         except BaseException:
             other.close()
             raise
@@ -130,8 +140,8 @@ class HostTransport(TcpTransport):
     def _taken(self, sock: socket.socket, peer: Any) -> tuple[Wire, str]:
         return (UnixWire(sock), "this host") if sock.family == socket.AF_UNIX else super()._taken(sock, peer)
 
-    async def _meet(self, wire: Wire) -> Neighbour | None:
-        return await wire.meet(self._region) if isinstance(wire, UnixWire) else None
+    async def _meet(self, wire: Wire, *, dialled: bool) -> Neighbour | None:
+        return await wire.meet(self._region, dialled=dialled) if isinstance(wire, UnixWire) else None
 
     async def _connect(self, endpoint: str) -> Wire:
         if not endpoint.startswith(SCHEME):

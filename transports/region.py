@@ -248,10 +248,6 @@ class Neighbour(OtherShared):
         with contextlib.suppress(BufferError):
             self._map.close()
 
-    def __del__(self) -> None:  # lanes of several epochs may know it: the last one closes the door
-        if hasattr(self, "words"):
-            self.close()
-
 
 class _Piece(ctypes.Structure):
     """struct iovec"""

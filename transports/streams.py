@@ -59,7 +59,7 @@ class StreamTransport(Transport):
                 for endpoint in endpoints:
                     try:
                         wire = await self._connect(endpoint)
-                        near = await self._proved(wire, self._introduce(wire, offer_proof(wire, ticket)))
+                        near = await self._proved(wire, self._introduce(wire, offer_proof(wire, ticket), dialled=True))
                     except (Refusal, OSError, ValueError) as e:
                         errors.append(f"{endpoint}: {e}")
                         continue
@@ -95,7 +95,7 @@ class StreamTransport(Transport):
         assert self._accepted is not None
         try:
             async with asyncio.timeout(PROOF_TIMEOUT):
-                ticket, near = await self._proved(wire, self._introduce(wire, demand_proof(wire, self._admit)))
+                ticket, near = await self._proved(wire, self._introduce(wire, demand_proof(wire, self._admit), dialled=False))
         except (Refusal, TimeoutError) as e:
             logger.info("a connection from %s was closed: %s", host, e if str(e) else f"it proved nothing within {PROOF_TIMEOUT:g} s")
             return
@@ -118,10 +118,10 @@ class StreamTransport(Transport):
             wire.close()
             raise
 
-    async def _introduce(self, wire: Wire, proof: Coroutine[Any, Any, T]) -> tuple[T, OtherShared | None]:
-        return await proof, await self._meet(wire)
+    async def _introduce(self, wire: Wire, proof: Coroutine[Any, Any, T], *, dialled: bool) -> tuple[T, OtherShared | None]:
+        return await proof, await self._meet(wire, dialled=dialled)
 
-    async def _meet(self, wire: Wire) -> OtherShared | None:
+    async def _meet(self, wire: Wire, *, dialled: bool) -> OtherShared | None:
         """What the other side shares with this process, if both are on one host."""
         return None
 

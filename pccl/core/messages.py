@@ -234,7 +234,7 @@ class Ready:
     admission: int
     failed: tuple[int, ...]
     near: tuple[int, ...] = ()
-    """Those of them with whom this member shares memory"""
+    """Uids of those with whom this member shares memory"""
 
 
 @message(9)
@@ -389,6 +389,15 @@ class Waiting:
     epoch: Epoch
     call: CallId
     missing: tuple[int, ...]
+
+
+@message(42)
+class Knock:
+    """Newcomers wait to come in, or nobody does any more: members that commit without the master have to know."""
+
+    rid: int
+    comm: int
+    waiting: bool
 
 
 @message(41)

@@ -44,7 +44,8 @@ def decide(
 
     Args:
         reports: survivor's uid -> its report.
-        verdicts: what the master has already said, "C" or "A" (nothing after a takeover).
+        verdicts: what the master has already said, "C" or "A" (nothing after a takeover); "A" also of a call that it ends hereby, unless
+            a member has committed it.
         failures: why calls were ended, as far as known.
         cause: why the epoch changes.
         loss: whether members are lost or have left.
@@ -65,8 +66,7 @@ def decide(
         if not mine:
             continue
         states = {uid: seen[uid].get(call) for uid in mine}
-        failure = failures.get(call, cause)
-        decision = _rule(call, states, verdicts.get(call), failure, call in failures, resolve, functools.partial(passed, call=call))
+        decision = _rule(call, states, verdicts.get(call), failures.get(call, cause), resolve, functools.partial(passed, call=call))
         if decision is None:
             continue
         decisions.append(decision)
@@ -85,7 +85,6 @@ def _rule(
     states: Mapping[int, CallReport | None],
     verdict: str | None,
     failure: Failure,
-    failed: bool,
     resolve: Callable[[CallId, Mapping[int, bytes]], bytes],
     passed: Callable[[int], bool],
 ) -> Decision | None:
@@ -101,7 +100,7 @@ def _rule(
     if verdict == "C" or (verdict is None and len(attempts) == 1 and -1 not in attempts):
         payload = resolve(call, {uid: s.payload for uid, s in states.items() if s})
         return Decision(call, "C", -1, False, payload, Reason.NONE, "")
-    ended = failed or verdict == "A" or any(_is(s, "A") for s in states.values())
+    ended = verdict == "A" or any(_is(s, "A") for s in states.values())
     started = any(_is(s, "RD") for s in states.values())
     gap = not started and any(passed(uid) for uid in states) and not all(passed(uid) for uid in states)
     if ended or gap:

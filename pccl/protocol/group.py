@@ -24,6 +24,7 @@ from pccl.core.messages import (
     Failed,
     Gone,
     Hello,
+    Knock,
     Leave,
     Link,
     Offer,
@@ -105,6 +106,8 @@ class Group:
         """An update that waits for the group to be large enough."""
         self._relink: set[Link] = set()
         """Links that were complained of."""
+        self._knocked = False
+        """What the members were told of newcomers"""
         self._moved_at = 0.0
         self._ticked: float | None = None
         self._now = 0.0
@@ -121,6 +124,7 @@ class Group:
         self._now = now
         if isinstance(m, Hello):
             self._hello(conn, m)
+            self._knock()
             return
         peer = self._by_conn.get(conn)
         if peer is None:
@@ -153,6 +157,7 @@ class Group:
             if self._admission and self._admission.call and self._admission.call.verdict:
                 self._give_up_links()  # a member has ended the update: the newcomers wait for the next
                 self._stop_for_links()  # that broke meanwhile
+        self._knock()
 
     def disconnect(self, conn: object, now: float) -> None:
         """A connection closed, or fell silent."""
@@ -185,6 +190,7 @@ class Group:
         self._check_alive()
         self._check_stalls()
         self._check_newcomers()
+        self._knock()
 
     # --- ledgers call back ------------------------------------------------------------------------------------------
 
@@ -197,6 +203,15 @@ class Group:
     def peers_waiting(self, ledger: Ledger) -> bool:
         """Whether newcomers wait to come in; they do so to the group, not to its sub-communicators."""
         return ledger.comm == ROOT and bool(self._admissible())
+
+    def _knock(self) -> None:
+        """Tell members that commit without this master whether newcomers wait."""
+        root = self.root
+        if (self.pending or self._knocked) and root and root.near and root.phase is Phase.RUN:
+            waiting = self.peers_waiting(root)
+            if waiting != self._knocked:
+                self._knocked = waiting
+                self.send(root.members, Knock(self.rid, ROOT, waiting))
 
     def all_rest(self, ledger: Ledger, call: Call) -> None:
         """Everyone is at rest in an update: let newcomers in and leavers go, or say that nothing changes."""
@@ -514,7 +529,7 @@ class Group:
         logger.info("group %r: epoch %s of communicator %d has %d members", self.name, ledger.epoch, ledger.comm, len(ledger.members))
         if ledger.comm == ROOT:
             self.peers = {uid: self.peers[uid] for uid in ledger.members}
-            self._resting = None
+            self._resting, self._knocked = None, False
             for other in [x for x in self.ledgers.values() if x.phase is Phase.STOPPED]:
                 self._resume(other)
             self._stop_for_links()

@@ -77,6 +77,8 @@ class Call:
     failure: Failure | None = None
     truth: Truth | None = None
     """What sync_state agreed on"""
+    ends: bool = False
+    """A member will not wait for it any longer, though others may have committed it: it is aborted if nobody has."""
     warned: bool = False
     mismatch_at: float | None = None
 
@@ -126,6 +128,8 @@ class Ledger:
         self.calls: dict[CallId, Call] = {}
         self.broken: tuple[Link, ...] = ()
         """What the members were told of pairs without a link"""
+        self.near = False
+        """Every two members share memory."""
         self.leaving: dict[int, Progress] = {}
         """Which calls those have made who leave in the place of the next update"""
         self.lost: dict[int, Member] = {}
@@ -204,7 +208,7 @@ class Ledger:
         if self._current(uid, m.epoch):
             call = self.calls.get(m.call)
             if call and not call.verdict and call.flags & Flag.PLAIN:  # it commits without the master: only all members together know
-                call.failure = call.failure or (m.reason, m.detail)
+                call.failure, call.ends = call.failure or (m.reason, m.detail), True
                 self.stop(m.reason, m.detail)
             elif call and not call.verdict:
                 self.abort(call, m.reason, m.detail, by=uid)
@@ -362,7 +366,7 @@ class Ledger:
         """What the reports come to."""
         ruling = decide(
             self.reports,
-            verdicts={c.id: c.verdict for c in self.calls.values() if c.verdict},
+            verdicts={c.id: c.verdict or "A" for c in self.calls.values() if c.verdict or c.ends},
             failures={c.id: c.failure for c in self.calls.values() if c.failure},
             cause=self.cause,
             loss=bool(self.lost or self.left),
@@ -415,7 +419,7 @@ class Ledger:
             near,
         )
         self.host.send(self.members, message)
-        self.epoch, self.broken = epoch, broken
+        self.epoch, self.broken, self.near = epoch, broken, near
         self.phase = Phase.RUN
         self.calls = {d.call: self._kept(d) for d in decisions if d.verdict != "R"}
         self._ruled = deque(self.calls)

@@ -94,8 +94,9 @@ class Membership:
         """Those of them that have ended with a verdict, by its number."""
         self._skipped: deque[Record] = deque()
         """Updates that were skipped, until everyone has passed them."""
-        self._local: deque[tuple[CallId, int]] = deque(maxlen=LOCAL_CALLS)
-        """The last calls that this member has committed in shared memory, with their epochs' numbers: others may not be so far"""
+        self._local: deque[tuple[CallId, int, int]] = deque(maxlen=LOCAL_CALLS)
+        """The last calls that this member has committed in shared memory, their epochs' numbers, and what they said of
+        newcomers: others may not be so far"""
         self._stored: dict[CallId, Stored] = {}
         self._bits: dict[int, int] = {}
         """index -> what the verdict of that untagged call said of newcomers"""
@@ -163,7 +164,7 @@ class Membership:
             if record.announced:
                 self.host.send(Done(self.comm, self.epoch, record.id, self._sign(op), op.description, b"", self.ack))
             if op.atomic:
-                self.committed(record.id)
+                self.committed(record.id, op.waiting)
             self._end(record, State.ENDED, Outcome(True, self.view), now)
             return
         record.state = State.DONE
@@ -172,9 +173,13 @@ class Membership:
         self.host.send(Done(self.comm, self.epoch, record.id, self._sign(op), op.description, payload, self.ack, flags))
         record.announced = True
 
-    def committed(self, call: CallId) -> None:
+    def committed(self, call: CallId, waiting: bool) -> None:
         """A call is committed in shared memory."""
-        self._local.append((call, self.epoch.number))
+        self._local.append((call, self.epoch.number, int(waiting)))
+        self._bits[call.n] = int(waiting)
+        if len(self._bits) > 2 * LOCAL_CALLS:
+            self._forget_bits()
+        self._pass_skipped(call.n)
 
     def give(self, record: Record) -> None:
         """What the member gives to the call took time to make, and is there now."""
@@ -245,9 +250,11 @@ class Membership:
         letters = {State.DONE: "D", State.OVERDUE: "D", State.COMMITTED: "C", State.ABORTED: "A", State.SKIPPED: "U"}
         for r in self._records.values():
             payload = r.payload or (r.op.payload() if r.state in (State.DONE, State.OVERDUE) else b"")
-            letter = "C" if r.op.decided else letters.get(r.state, "R")
-            calls.append(CallReport(r.id, letter, r.number, r.waiting, r.admitted, payload))
-        calls += [CallReport(call, "C", number, -1, False, b"") for call, number in self._local if call not in self._records]
+            if r.op.decided:
+                calls.append(CallReport(r.id, "C", r.number, int(r.op.waiting), False, payload))
+            else:
+                calls.append(CallReport(r.id, letters.get(r.state, "R"), r.number, r.waiting, r.admitted, payload))
+        calls += [CallReport(call, "C", number, waiting, False, b"") for call, number, waiting in self._local if call not in self._records]
         return CommReport(
             self.comm,
             self.epoch,
@@ -500,15 +507,22 @@ class Membership:
         elif state is State.SKIPPED:
             self._skipped.append(record)
         elif state is State.COMMITTED and record.untagged:
-            while self._skipped and self._skipped[0].id.n < record.id.n:  # everyone has entered a later call
-                self._records.pop(self._skipped.popleft().id, None)
+            self._pass_skipped(record.id.n)
+
+    def _pass_skipped(self, n: int) -> None:
+        """Everyone has entered this untagged call."""
+        while self._skipped and self._skipped[0].id.n < n:
+            self._records.pop(self._skipped.popleft().id, None)
 
     def _after(self, now: float) -> None:
         """A call has ended: an update may have waited for that."""
-        for index in [i for i in self._bits if i < self.next_index - 2]:
-            del self._bits[index]
+        self._forget_bits()
         self._check_update(now)
         self._drain(now)
+
+    def _forget_bits(self) -> None:
+        for index in [i for i in self._bits if i < self.next_index - 2]:
+            del self._bits[index]
 
     def _drain(self, now: float) -> None:
         """Begin the calls that had to wait."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from enum import Enum
 from typing import Protocol
 
@@ -14,6 +13,7 @@ from pccl.core.messages import (
     Complaint,
     Gone,
     Hello,
+    Knock,
     Leaving,
     NewEpoch,
     PeerInfo,
@@ -61,6 +61,9 @@ class PeerHost(Host, Protocol):
     def gone(self, reason: int, detail: str) -> None:
         """This peer is out of its group, or has left it as it wished."""
 
+    def newcomers_wait(self, comm: int, waiting: bool) -> None:
+        """As long as it is so, calls that commit in shared memory say so."""
+
     def waits_for(self, comm: int, m: Waiting) -> None:
         """For the log."""
 
@@ -95,9 +98,9 @@ class Peer:
         if self.standpoint in (Standpoint.PENDING, Standpoint.MEMBER):
             self.host.send(Beat(progress, tuple(Standing(c.comm, c.ack, c.next_index) for c in self.comms.values())))
 
-    def links_made(self, admission: int, dialled: Iterable[int], failed: tuple[int, ...]) -> None:
+    def links_made(self, admission: int, failed: tuple[int, ...]) -> None:
         """Every link of an admission that was to be dialled is made, but for those to `failed`."""
-        self.host.send(Ready(admission, failed, tuple(uid for uid in dialled if uid in self.near)))
+        self.host.send(Ready(admission, failed, tuple(self.near)))
 
     def link_lost(self, uid: int, detail: str, *, lacking: bool) -> None:
         """A link broke, or is missing; in a call that is under way data of that member may have yet to come."""
@@ -121,6 +124,8 @@ class Peer:
             self.host.make_links(m)
         elif isinstance(m, (Verdict, NewEpoch, Agreed, Leaving)) and m.comm in self.comms:
             self.comms[m.comm].receive(m, now)
+        elif isinstance(m, Knock) and m.comm in self.comms:
+            self.host.newcomers_wait(m.comm, m.waiting)
         elif isinstance(m, Waiting):
             self.host.waits_for(m.comm, m)
 

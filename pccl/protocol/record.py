@@ -51,6 +51,8 @@ class Op(Protocol):
     """Of such a call: the other members may have committed it. Its end is no longer this member's alone to say."""
     decided: bool
     """Likewise: this member has committed it."""
+    waiting: bool
+    """Then: newcomers wait"""
     signature: int
     description: str
 

@@ -22,7 +22,7 @@ from tests.sim.world import World
 
 T = TypeVar("T")
 
-QUICK: dict[str, Any] = {"timeout": 30.0, "connect_timeout": 30.0, "dial_timeout": 10.0}
+QUICK: dict[str, Any] = {"timeout": 30.0, "connect_timeout": 30.0, "dial_timeout": 10.0, "transport": "auto"}
 """Settings of peers, unless a test says otherwise: a hang is a failure before the test's own limit."""
 
 

@@ -13,6 +13,8 @@ from pccl.communicator import Communicator
 from tests.checks.support import each, group, on_node, outcomes, simulate, simulated_members
 from tests.sim.world import World
 
+pytestmark = pytest.mark.usefixtures("every_transport")
+
 MODES = pytest.mark.parametrize("in_place", [True, False], ids=["in place", "out of place"])
 
 

@@ -13,9 +13,11 @@ import pytest
 import pccl
 from pccl.communicator import Communicator
 from pccl.sync import Communicator as Blocking
-from tests.checks.support import each, group, in_threads, on_node, outcomes, simulate, simulated_members
+from tests.checks.support import each, group, in_threads, on_node, outcomes, simulate, simulated_members, until
 from tests.sim.world import World
 from tests.support.control import descriptors
+
+pytestmark = pytest.mark.usefixtures("every_transport")
 
 TAGS = 64
 SIZES = (1, 300, 5_000, 60_000, 300_000)
@@ -109,10 +111,8 @@ async def test_check_17_a_cancelled_task_ends_the_call_for_all(in_place: bool) -
         inputs = [np.full(500_000, k + 1.0) for k in range(3)]
         outs = [None if in_place else np.zeros(500_000) for _ in range(3)]
         tasks = [asyncio.create_task(comms[k].all_reduce(inputs[k], out=outs[k])) for k in (0, 1)]
-        moved = [comms[k]._runtime.engine.executor for k in (0, 1)]
-        async with asyncio.timeout(20):
-            while not any(executor.progress for executor in moved):  # noqa: ASYNC110
-                await asyncio.sleep(0)
+        executors: list[Any] = [comms[k]._runtime.engine.executor for k in (0, 1)]
+        await until(lambda: any(e.progress for e in executors) or all(e._pulls and next(iter(e._pulls))._entered for e in executors))
         tasks[0].cancel()
         cancelled, aborted = await outcomes(tasks)
         assert isinstance(cancelled, asyncio.CancelledError)

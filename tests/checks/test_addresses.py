@@ -43,7 +43,7 @@ async def works(comms: list[Communicator]) -> None:
 async def test_check_35_names(scheme: str) -> None:
     async with pccl.Master("localhost:0") as master:
         port = master.address.rpartition(":")[2]
-        async with members(f"{scheme}localhost:{port}", 3, listen="localhost") as comms:
+        async with members(f"{scheme}localhost:{port}", 3, listen="localhost", transport="tcp") as comms:
             await works(comms)
 
 
@@ -51,7 +51,7 @@ async def test_check_35_names(scheme: str) -> None:
 async def test_check_35_ipv6() -> None:
     async with pccl.Master("[::1]:0") as master:
         assert master.address.startswith("[::1]:")
-        async with members(master.address, 3) as comms:
+        async with members(master.address, 3, transport="tcp") as comms:
             await works(comms)
             assert dialled(comms) == {"::1"}
 
@@ -59,11 +59,16 @@ async def test_check_35_ipv6() -> None:
 @needs_ipv6
 async def test_check_35_a_group_of_both_families() -> None:
     async with pccl.Master("[::1]:0") as master:
-        async with members(master.address, 2) as six, members(master.address, 1, group="other", listen="127.0.0.1") as other:
+        async with (
+            members(master.address, 2, transport="tcp") as six,
+            members(master.address, 1, group="other", listen="127.0.0.1", transport="tcp") as other,
+        ):
             await works(six)
             await works(other)
         hosts = ["127.0.0.1", "::1", "[::1]:0", "localhost"]
-        connects = [pccl.connect(master.address, listen=host, group="both", min_world_size=4, **QUICK) for host in hosts]
+        connects = [
+            pccl.connect(master.address, listen=host, group="both", min_world_size=4, **(QUICK | {"transport": "tcp"})) for host in hosts
+        ]
         comms = await each(connects)
         await works(comms)
         assert dialled(comms) == {"127.0.0.1", "::1"}
@@ -93,7 +98,7 @@ async def test_check_35_a_port_can_be_chosen_and_advertised() -> None:
                 await pccl.connect(master.address, listen=f"127.0.0.1:{port}", **QUICK)
     async with pccl.Master() as master:
         where = {"listen": f"127.0.0.1:{port}", "advertise": f"localhost:{port}"}
-        async with members(master.address, 1, **where) as first, newcomer(master.address, first) as new:
+        async with members(master.address, 1, transport="tcp", **where) as first, newcomer(master.address, first) as new:
             await works([*first, new])
             (flow,) = new._runtime.engine.executor.flows.values()
             assert flow.link._wire._sock.getpeername() == ("127.0.0.1", port)  # type: ignore[union-attr]
@@ -121,5 +126,5 @@ async def test_check_35_off_loopback_a_master_wants_a_key(tmp_path: Path) -> Non
     assert run("keys", "new", key) == 0
     async with pccl.Master("0.0.0.0:0", key=key, advertise="127.0.0.1") as master:
         assert master.address.startswith("pccl://127.0.0.1:")
-        async with members(master.address, 2) as comms:
+        async with members(master.address, 2, transport="tcp") as comms:
             await works(comms)

@@ -13,6 +13,7 @@ import pytest
 import pccl
 from pccl import sync
 from pccl.communicator import Communicator
+from pccl.core.messages import PROTOCOL_VERSION
 from pccl.protocol import peer as peer_module
 from tests.checks.support import each, group, in_threads, outcomes
 
@@ -299,7 +300,7 @@ async def test_a_wrong_protocol_version(monkeypatch: pytest.MonkeyPatch) -> None
     async with pccl.Master() as master:
         one = await pccl.connect(master.address)
         monkeypatch.setattr(peer_module, "PROTOCOL_VERSION", 99)
-        with pytest.raises(pccl.VersionMismatch, match="version 1, this peer 99") as caught:
+        with pytest.raises(pccl.VersionMismatch, match=f"version {PROTOCOL_VERSION}, this peer 99") as caught:
             await pccl.connect(master.address, connect_timeout=20.0)
         assert "install the same pccl" in str(caught.value)
         monkeypatch.undo()

@@ -21,6 +21,8 @@ from pccl import sync
 from tests.checks.processes import Failure, processes
 from tests.checks.support import each, group, in_threads, join
 
+pytestmark = pytest.mark.usefixtures("every_transport")
+
 KINDS = [
     "numpy",
     "numpy bfloat16",

@@ -218,7 +218,7 @@ async def test_check_31_the_master_dies_in_the_middle_of_the_data() -> None:
 async def test_check_31_without_a_master_calls_end_by_their_timeouts() -> None:
     """Those that have a result may not drop it alone: they leave, with their inputs."""
     async with life() as master:
-        settings: dict[str, Any] = QUICK | {"takeover_timeout": 1.0, "min_world_size": 2}
+        settings: dict[str, Any] = QUICK | {"takeover_timeout": 1.0, "min_world_size": 2, "transport": "tcp"}
         comms = await each(pccl.connect(master.address, name=f"P{k}", **settings) for k in range(2))
         tensors = [np.full(1000, k + 1.0) for k in range(2)]
         await each(c.all_reduce(np.ones(1)) for c in comms)

@@ -34,7 +34,7 @@ class Pipe:
     """What a Flow is to a volley: one direction's frames wait until the test delivers them."""
 
     def __init__(self, member: Member, other: int) -> None:
-        self.member, self.other = member, other
+        self.member, self.other, self.uid = member, other, other
         self.ready: deque[Any] = deque()
         self.early: list[tuple[Header, bytearray]] = []
 

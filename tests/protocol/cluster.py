@@ -34,6 +34,10 @@ class Call:
     retry: bool = False
     is_update: bool = False
     sealed: bool = True
+    local: bool = False
+    exposed: bool = False
+    decided: bool = False
+    waiting: bool = False
     body: bytes = b""
     owner: Any = None
     comm: int = ROOT

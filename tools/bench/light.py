@@ -106,11 +106,14 @@ class LightPeer:
 
     def make_links(self, m: Prepare) -> None:
         """There are none to make."""
-        self._peer.links_made(m.admission, (), ())
+        self._peer.links_made(m.admission, ())
 
     def admitted(self, view: View) -> None:
         """This peer is a member."""
         self._member.set_result(None)
+
+    def newcomers_wait(self, comm: int, waiting: bool) -> None:
+        """Its calls all go through the master."""
 
     def refused(self, reason: int, detail: str) -> None:
         """This peer cannot come in."""
