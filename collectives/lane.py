@@ -28,10 +28,12 @@ from pccl.transports.region import ASLEEP, FIRST, OtherShared, OwnShared, full_f
 
 IN, DONE, OUT, VOID = 1, 2, 3, 7
 """Phases, in their order"""
-_WAITING = 8
+_WAITING = 1
 """Bit of a state that says that newcomers wait, as far as this member knows"""
+_PHASE = 1
+"""Bits behind the phase"""
 _CALL = 4
-"""Bits in front of the call"""
+"""Bits behind the call"""
 
 SMALL = 64 << 10
 """Bytes of input that fit into a slot."""
@@ -48,6 +50,11 @@ _SIGNATURE, _INPUT, _RESULT = 1, 2, 3
 """Words of a slot, besides its first"""
 HERE = 1 << 63
 """Marks a place in the region, not in the process's own memory."""
+
+
+def state(n: int, phase: int) -> int:
+    """A slot's first word, without what it says of newcomers; they grow with the call, and in it with the phase."""
+    return (n + 1) << _CALL | phase << _PHASE
 
 
 class Commons:
@@ -127,6 +134,7 @@ class Lane:
         self.waiting = False
         """Newcomers wait, as far as this member knows."""
         self.others = others
+        self._bells = [(other.words, other.ring) for other in others.values()]
         self.readable = all(other.readable for other in others.values())
         """Every member can read every other one's own memory."""
         self._offset = commons.open_lane(epoch)
@@ -157,6 +165,10 @@ class Lane:
         self._own[at + _INPUT] = source
         self.publish(n, IN)
 
+    def is_done(self, n: int) -> bool:
+        """Whether this member has published DONE for call n."""
+        return self._last[n % RING] >= state(n, DONE)
+
     def place_result(self, n: int, where: int) -> None:
         """Say where the result will lie, before DONE."""
         self._own[self._line(n) + _RESULT] = where
@@ -164,17 +176,29 @@ class Lane:
     def publish(self, n: int, phase: int) -> None:
         """A phase of call n is reached. From DONE on the word says whether newcomers wait, and goes on saying the same."""
         slot = n % RING
-        waiting = self._last[slot] & _WAITING if phase == OUT else _WAITING * self.waiting
-        self._last[slot] = state = (n + 1) << _CALL | waiting | phase
-        self._own[self._at + 8 * (slot + 1)] = state
+        last = self._last[slot]
+        waiting = last & _WAITING if last >= state(n, DONE) else self.waiting
+        self._last[slot] = self._own[self._at + 8 * (slot + 1)] = state(n, phase) | waiting
         full_fence()
-        for other in self.others.values():
-            if other.words[ASLEEP]:
-                other.ring()
+        for words, ring in self._bells:
+            if words[ASLEEP]:
+                ring()
 
     def room(self, n: int) -> npt.NDArray[np.uint8]:
         """The slot's own memory."""
         return self.commons.region.view(self._room(self._offset, n), SMALL)
+
+    def room_of(self, rank: int, n: int) -> npt.NDArray[np.uint8]:
+        """The same of any member, once it has been seen in this epoch; only one's own can be written to."""
+        if rank == self.rank:
+            return self.room(n)
+        return self.others[rank].view(self._room(self._found[rank], n), SMALL)
+
+    def words_of(self, rank: int) -> tuple[memoryview, int]:
+        """The words of another member, once it has been seen in this epoch, and the index of those of its first slot. A slot has 8: its
+        state, the signature, and what concerns nobody here.
+        """
+        return self.others[rank].words, self._found[rank] // 8 + 8
 
     def room_at(self, n: int) -> int:
         """Where that is, for `enter`."""
@@ -207,14 +231,19 @@ class Lane:
         for slot in range(RING):
             self._give(slot)
 
+    @property
+    def complete(self) -> bool:
+        """Every member has been seen in this epoch."""
+        return len(self._found) == len(self.others)
+
     # --- the others' --------------------------------------------------------------------------------------------------
 
     def phase(self, rank: int, n: int) -> int:
         """How far a member is in call n: 0 if it has not come there; OUT if it has gone on."""
-        state = self._state(rank, n % RING)
-        call = state >> _CALL
+        now = self._state(rank, n % RING)
+        call = now >> _CALL
         if call == n + 1:
-            return state & 7
+            return now >> _PHASE & 7
         return OUT if call > n + 1 else 0
 
     def anyone_waits(self, n: int) -> bool:
@@ -244,8 +273,8 @@ class Lane:
         """Whether everyone is out of the call that one's own slot was used for last."""
         call = self._last[slot] >> _CALL
         for rank in self.others:
-            state = self._state(rank, slot)
-            if state >> _CALL < call or (state >> _CALL == call and state & 7 < OUT):
+            now = self._state(rank, slot)
+            if now >> _CALL < call or (now >> _CALL == call and now >> _PHASE & 7 < OUT):
                 return False
         return True
 

@@ -194,6 +194,11 @@ class Pull:
     def start(self) -> None:
         """Nothing: `step` does everything."""
 
+    def adopt(self) -> None:
+        """The input has been shown already, in this member's slot, and perhaps it was DONE."""
+        self._entered = True
+        self.ready = self.commits and self._lane.is_done(self._n)
+
     def halt(self) -> None:
         """Stop. Nobody uses this member's input any more, unless the others may have committed the call: then `conclude` or `withdraw`."""
         self.halted = True
@@ -257,9 +262,10 @@ class Pull:
 
     def _run(self) -> Generator[bool]:
         lane, n, errand = self._lane, self._n, self._errand
-        while not lane.is_free(n):
+        while not (self._entered or lane.is_free(n)):
             yield False
-        self._enter()
+        if not self._entered:
+            self._enter()
         whole = self.commits or errand.fold[1]
         pending = [rank for rank in lane.others if whole or any(piece.rank == rank for piece in errand.copies)]
         while pending := [rank for rank in pending if not self._has_met(rank)]:

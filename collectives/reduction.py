@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import Context
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,13 @@ class Kernels:
             self._quietly(self._fold_halves, op, out, parts, divide_by)
         else:
             self._quietly(self._fold, op, out, parts, divide_by, canonical)
+
+    def quick(self, op: ReduceOp, dtype: np.dtype[Any], parts: int) -> Callable[..., None] | None:
+        """What `fold` with ``canonical=False`` comes to for two parts, as a function of both and of the output; None if it is more than one
+        operation.
+        """
+        plain = op.name in ("sum", "premul_sum", "band", "bor", "bxor") or (op.name == "prod" and dtype.kind != "c")
+        return partial(self._quietly, _UFUNC[op.name]) if parts == 2 and plain and not dtype_of(dtype).half else None
 
     def finish(self, op: ReduceOp, x: Array, world: int) -> None:
         """What is left to do, in place, when all contributions are in: avg divides by the world size."""

@@ -5,6 +5,7 @@ A `Part` is one collective with its buffers; a plain call has one, a round has s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,10 @@ class Reduction:
         self._kernels.fold(
             self._op, out, parts, divide_by=self._world if final and self._op.name == "avg" else 1, canonical=self._everywhere
         )
+
+    def quick(self, dtype: np.dtype[Any]) -> Callable[..., None] | None:
+        """See `Kernels.quick`."""
+        return self._kernels.quick(self._op, dtype, self._world)
 
     def finish(self, x: Array) -> None:
         """avg divides."""
@@ -140,7 +145,7 @@ class Part:
         """
         self._stage(engine, route, atomic)
         self._used = route.algorithm
-        arithmetic = Reduction(engine.kernels, self._op, route.world, everywhere=route.everywhere)
+        arithmetic = self.arithmetic(engine.kernels, route.world, everywhere=route.everywhere)
         source, target, flows = self._source, self._target, route.flows
         if route.errand:
             assert lane
@@ -158,6 +163,10 @@ class Part:
             engine.executor, key, self.signature, program, layout, source, target, arithmetic, flows, undo=self._undo, window=WINDOW
         )
         return self._transfer
+
+    def arithmetic(self, kernels: Kernels, world: int, *, everywhere: bool = False) -> Reduction:
+        """Its reduction."""
+        return Reduction(kernels, self._op, world, everywhere=everywhere)
 
     def _stage(self, engine: Engine, route: Route, atomic: bool) -> None:
         """Say where the attempt reads from and writes to: the caller's memory where that is possible, copies where it is not."""

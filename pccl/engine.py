@@ -11,14 +11,14 @@ import logging
 import os
 import time
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pccl.calls import Collective, Part
+from pccl.calls import Collective, Part, is_local
 from pccl.collectives.executor import Executor
-from pccl.collectives.flow import Flow, Moving
+from pccl.collectives.flow import CallKey, Flow, Moving
 from pccl.collectives.lane import Commons, Lane
 from pccl.collectives.reduction import Kernels
 from pccl.core import codec
@@ -33,9 +33,13 @@ from pccl.poller import Poller
 from pccl.protocol.member import Membership
 from pccl.protocol.peer import ROOT, Peer, Standpoint
 from pccl.protocol.record import Outcome, Record
+from pccl.repeat import Repeat
 from pccl.route import Routes
 from pccl.transports.base import ControlClient, Link, LinkHandler, LinkTicket, Refusal, Transport
 from pccl.transports.region import OtherShared, OwnShared
+
+if TYPE_CHECKING:
+    from pccl.runtime import ThreadRuntime
 
 logger = logging.getLogger("pccl")
 
@@ -238,13 +242,22 @@ class Engine:
         self.poller.serve(op, patience, at_most)
 
     def express(
-        self, comm: int, part: Part, how: Manner, seen: Epoch, make: Callable[[], Collective], patience: float, at_most: float
+        self,
+        comm: int,
+        part: Part,
+        how: Manner,
+        seen: Epoch,
+        make: Callable[[], Collective],
+        patience: float,
+        at_most: float,
+        index: int = -1,
     ) -> Info | None:
         """Make a call for a caller that has this engine to itself. None if `make` was called: the operation tells how it ends.
 
         Args:
             seen: the epoch that the caller knows.
             patience, at_most: as for `Poller.serve`.
+            index: the place that the call has already; its input is in shared memory.
         """
         membership = self._peer.comms.get(comm) if self._peer and self.error is None else None
         call = Express.of(self, membership, part, how, seen, make) if membership else None
@@ -256,7 +269,7 @@ class Engine:
             return None
         self._express = call
         try:
-            info = call.run(patience, at_most)
+            info = call.run(patience, at_most, index)
         except Exception as e:
             if call.settled and call.op is None:  # the result is here, and cannot be handed over
                 part.release(self)
@@ -272,6 +285,38 @@ class Engine:
             self._express = None
         self.poller.serve(call.op, patience, at_most)
         return None
+
+    def repeat(
+        self,
+        runtime: ThreadRuntime,
+        comm: int,
+        part: Part,
+        how: Manner,
+        shape: tuple[int, ...],
+        go_on: Callable[[Any, int], Info],
+        give_up: Callable[[Any, int], None],
+    ) -> Repeat | None:
+        """What there is to know of a small call that is made again and again; None if it does not go through shared memory."""
+        membership, lane = self._peer.comms.get(comm) if self._peer else None, self.lanes.get(comm)
+        if membership is None or lane is None or not lane.complete or part.nbytes == 0 or not is_local(part):
+            return None
+        arithmetic = part.arithmetic(self.kernels, membership.view.world_size)
+        crowded = not self._is_alone()
+        return Repeat(runtime, membership, lane, part, how, arithmetic, shape, crowded=crowded, go_on=go_on, give_up=give_up)
+
+    def abandon(self, comm: int, op: Collective, index: int) -> None:
+        """Take on a call that its caller has begun in the place of this index and given up, and end it for all."""
+        membership = self.membership(comm)
+        op.resume(self, membership.view, self._clock())
+        membership.resume(op.record, CallId(None, index), self._loop.time())
+        lane, part = self.lanes[comm], op.parts[0]
+        route = self.routes.find(part.ask, membership.view, membership.uid, membership.broken, part.description, local=True)
+        pull = part.begin(self, route, CallKey(membership.epoch, index, 0), atomic=op.atomic, lane=lane, call=op.signature)
+        assert part.pull
+        part.pull.adopt()
+        self.resume(op, pull, membership)
+        self.executor.start(pull)
+        self.cancel(op)
 
     def resume(self, op: Collective, transfer: Moving | None, membership: Membership) -> None:
         """Take on a call that was begun without an operation."""

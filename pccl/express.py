@@ -91,12 +91,17 @@ class Express:
             return None
         return cls(engine, membership, part, how, route, lane, make) if lane or route.short else None
 
-    def run(self, patience: float, at_most: float) -> Info | None:
+    def run(self, patience: float, at_most: float, index: int = -1) -> Info | None:
         """Make the call; None if it has become an operation, which may still be under way."""
         engine, part, view = self._engine, self._part, self._view
-        self._membership.next_index += 1
+        if index < 0:
+            self._membership.next_index += 1
+        else:
+            self._index = index
         key, how = CallKey(view.epoch, self._index, 0), self._how
         self.transfer = part.begin(engine, self._route, key, atomic=how.atomic, lane=self._lane, call=call_signature(part, *how))
+        if index >= 0 and part.pull:
+            part.pull.adopt()
         engine.executor.start(self.transfer)
         engine.poller.serve(self, patience, at_most)
         if not part.done:

@@ -85,6 +85,9 @@ class Collectives(ABC, Generic[R]):
             out: where the result goes, like x; may be x.
             accumulate: "float32" lets half floats travel and add up in float32, at twice the bytes.
         """
+        return self._do(self._all_reduce(x, op, out, accumulate, how), how)
+
+    def _all_reduce(self, x: Any, op: str | ReduceOp, out: Any, accumulate: str | None, how: How) -> Part:
         given = result = memory_of(x, "x", write=out is None)
         reduction = reduce_op(op, given.dtype)
         where = Overlap.SAME if given.count else Overlap.NONE
@@ -92,18 +95,15 @@ class Collectives(ABC, Generic[R]):
             result = memory_of(out, "out", write=True)
             self._same_size("out", result, "x", given, 1)
             where = self._overlap(given, result)
-        return self._do(
-            Part(
-                "all_reduce",
-                f"all_reduce({_of(given)}, {reduction.name}{_half(accumulate, given)})",
-                x=given,
-                out=result,
-                op=reduction,
-                in_place=where is Overlap.SAME,
-                algorithm=_algorithm("all_reduce", how),
-                accumulate=accumulate is not None,
-            ),
-            how,
+        return Part(
+            "all_reduce",
+            f"all_reduce({_of(given)}, {reduction.name}{_half(accumulate, given)})",
+            x=given,
+            out=result,
+            op=reduction,
+            in_place=where is Overlap.SAME,
+            algorithm=_algorithm("all_reduce", how),
+            accumulate=accumulate is not None,
         )
 
     def reduce(

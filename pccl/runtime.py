@@ -15,12 +15,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Coroutine
-from typing import Any, ClassVar, Protocol, TypeVar
-
-try:
-    import _signal as signals  # what `signal` wraps: its enums take longer than a small call's arithmetic
-except ImportError:
-    import signal as signals
+from typing import Any, Protocol, TypeVar
 
 from pccl.calls import Collective, Part
 from pccl.core.errors import InvalidArgument, PcclError
@@ -28,6 +23,7 @@ from pccl.core.types import Epoch, Info
 from pccl.engine import Engine
 from pccl.express import Manner
 from pccl.operations import Operation
+from pccl.signals import SignalsHeld
 from pccl.transports import fork
 
 T = TypeVar("T")
@@ -40,9 +36,6 @@ KEEP = 0.005
 STRETCH = 0.05
 GLANCE = 0.1
 """Longest wait at a time: a signal that comes just before a thread goes to sleep does not wake it, and its handler waits, too."""
-_NAMES = "INT TERM HUP QUIT USR1 USR2 ALRM VTALRM PROF CHLD WINCH CONT TSTP TTIN TTOU IO URG PIPE"
-SIGNALS = tuple(int(getattr(signals, f"SIG{name}")) for name in _NAMES.split() if hasattr(signals, f"SIG{name}"))
-"""Those for which programs have handlers; torch's DataLoader has one for SIGCHLD, which raises."""
 
 
 class Runtime(Protocol):
@@ -115,7 +108,7 @@ class ThreadRuntime:
         self._forked = False
         self._closed = False
         self._ending = False
-        self._turn = threading.Lock()
+        self._turn = threading.RLock()
         self._due = False
         """It is the loop's turn, whoever else comes"""
         self._borrower = 0
@@ -181,7 +174,7 @@ class ThreadRuntime:
     def _borrow(self) -> bool:
         """Have the engine to oneself; False if another caller has it, or nobody is to."""
         self._borrowed += 1
-        while self._due or not self._turn.acquire(blocking=False):
+        while self._due or self._borrower or not self._turn.acquire(blocking=False):
             if self._due or self._borrower or self._closed:
                 return False
             try:
@@ -199,11 +192,33 @@ class ThreadRuntime:
             self._take()
             return function(*args)
         finally:
-            self._borrower = 0
-            busy = self.engine.returned()
-            self._turn.release()
-            if busy:
-                self._wake()
+            self.give_back()
+
+    def take_turn(self) -> bool:
+        """Have the engine to oneself if nobody else has it or wants it; to be given back by `give_back`."""
+        if self._due or self._borrower or self._inbox or not self._turn.acquire(False):
+            return False
+        self._borrowed += 1
+        self._borrower = threading.get_ident()
+        return True
+
+    @property
+    def has_turn(self) -> bool:
+        """Whether this thread has the engine to itself."""
+        return self._turn._is_owned()  # type: ignore[attr-defined,no-any-return]
+
+    def give_back(self) -> None:
+        """The engine's thread goes on with what is under way."""
+        self._borrower = 0
+        busy = self.engine.busy and self.engine.returned()
+        self._turn.release()
+        if busy:
+            self._wake()
+
+    def go_on(self, index: int, comm: int, part: Part, how: Manner, seen: Epoch, make: Callable[[], Collective]) -> Info | None:
+        """`express`, for a call that this caller has made in the place of this index. It gives the engine back."""
+        with SignalsHeld():
+            return self._use(self.engine.express, comm, part, how, seen, make, PATIENCE, STRETCH, index)
 
     def _take(self) -> None:
         """Do what was posted."""
@@ -327,62 +342,6 @@ class ThreadRuntime:
             borrowed = self._borrowed
             if self._recall.acquire(timeout=KEEP) or (self._borrowed == borrowed and not self._borrower):
                 return
-
-
-class SignalsHeld:
-    """Python's signal handlers run between any two instructions of the main thread, and may raise: have them wait for a while."""
-
-    _now: ClassVar[list[SignalsHeld]] = []
-    """Those of the main thread, the outermost first"""
-    _found: ClassVar[list[Any]] = []
-    """The handlers of all SIGNALS, as they were found last"""
-    _python: ClassVar[list[tuple[int, Any]]] = []
-    """Those of them that are Python's to run"""
-
-    @classmethod
-    def forked(cls) -> None:
-        """In a child the main thread is the one that forked: none of these blocks will end."""
-        while cls._now:
-            held = cls._now[-1]
-            held._caught.clear()
-            held._give_back()
-
-    def __enter__(self) -> None:
-        self._caught: list[int] = []
-        self._handlers: list[tuple[int, Any]] = []
-        if threading.current_thread() is threading.main_thread():
-            found = list(map(signals.getsignal, SIGNALS))
-            if found != self._found:
-                SignalsHeld._found = found
-                SignalsHeld._python = [(n, handler) for n, handler in zip(SIGNALS, found, strict=True) if callable(handler)]
-            self._handlers = self._python.copy()
-            self._now.append(self)
-            try:
-                for number, _ in self._handlers:
-                    signals.signal(number, self._catch)
-            except BaseException:  # of a handler whose turn had not come
-                self._give_back()
-                raise
-
-    def _catch(self, number: int, frame: object) -> None:
-        self._caught.append(number)
-
-    def __exit__(self, *exc: object) -> None:
-        self._give_back()
-
-    def _give_back(self) -> None:
-        """Install the handlers again, all of them, and run those that were called, all of them, whatever they raise."""
-        try:
-            while self._handlers:
-                signals.signal(*self._handlers[-1])
-                self._handlers.pop()
-            if self in self._now:
-                self._now.remove(self)
-            while self._caught:
-                signals.raise_signal(self._caught.pop(0))
-        finally:
-            if self._handlers or self._caught:
-                self._give_back()
 
 
 def _outcome(future: concurrent.futures.Future[T]) -> T:

@@ -9,20 +9,29 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Unpack
 
+import numpy as np
+
 from pccl.calls import Collective, Part, Round
+from pccl.collectives.lane import SMALL
 from pccl.communicator import Pending
 from pccl.connection import Settings, prepare
+from pccl.core.dtypes import ReduceOp
 from pccl.core.errors import InvalidArgument, PcclError
 from pccl.core.types import RoundInfo, StateInfo, Tag, View
 from pccl.express import Manner, suits
 from pccl.face import Collectives, Handle, How, check_retry, check_tag
 from pccl.operations import Operation, Update
-from pccl.runtime import GLANCE, ThreadRuntime, forked_error
+from pccl.repeat import Repeat
+from pccl.runtime import GLANCE, Runtime, ThreadRuntime, forked_error
 from pccl.state import Sync
 
+ATOMIC = frozenset(("atomic",))
+KEPT = 256
+"""Kinds of small calls"""
 LAST_WORD = 0.1
 """Seconds that an interrupted call may take to let go of its buffers."""
 
@@ -107,6 +116,44 @@ class Communicator(Handle[Any]):
     Calls may come from several threads; they take an order as they come.
     """
 
+    def __init__(self, runtime: Runtime, comm: int, view: View, timeout: float | None) -> None:
+        super().__init__(runtime, comm, view, timeout)
+        self._repeats: dict[tuple[Any, ...], Repeat | None] = {}
+        """Kinds of small calls that were made before, and what is known of them"""
+
+    def all_reduce(self, x: Any, op: str | ReduceOp = "sum", *, out: Any = None, accumulate: str | None = None, **how: Unpack[How]) -> Any:
+        """See `pccl.face.Collectives.all_reduce`."""
+        if type(x) is not np.ndarray or out is not None or accumulate is not None or not ATOMIC.issuperset(how):
+            return self._do(self._all_reduce(x, op, out, accumulate, how), how)
+        kind = (x.dtype, x.shape, op, how.get("atomic", True))
+        repeat = self._repeats.get(kind)
+        if repeat:
+            info = repeat(x)
+            if info:
+                return info
+        part = self._all_reduce(x, op, out, accumulate, how)
+        info = self._do(part, how)
+        if x.nbytes <= SMALL:
+            self._expect(kind, part, how, x.shape)
+        return info
+
+    def _expect(self, kind: tuple[Any, ...], part: Part, how: How, shape: tuple[int, ...]) -> None:
+        """Such a call has been made: another one may come, and then many more."""
+        if kind not in self._repeats or len(self._repeats) > KEPT:
+            self._repeats = {} if len(self._repeats) > KEPT else self._repeats
+            self._repeats[kind] = None
+            return
+        assert isinstance(self._runtime, ThreadRuntime)
+        manner, op = Manner(bool(how.get("atomic", True)), False), kind[2]
+
+        def go_on(x: Any, index: int) -> Any:
+            return self._express(self._all_reduce(x, op, None, None, how), how, index)
+
+        def give_up(x: Any, index: int) -> None:
+            self._runtime.engine.abandon(self._comm, self._operation(self._all_reduce(x, op, None, None, how), how), index)
+
+        self._repeats[kind] = self._runtime.engine.repeat(self._runtime, self._comm, part, manner, shape, go_on, give_up)
+
     def update(self, *, timeout: float | None = ...) -> View:  # type: ignore[assignment]
         """Let in whoever waits, and hear who has gone. Every member has to call it."""
         before = self._begin_update()
@@ -176,7 +223,8 @@ class Communicator(Handle[Any]):
         op = self._operation(part, how)
         return self._start(op) if how.get("async_op") else self._run(op)
 
-    def _express(self, part: Part, how: How) -> Any:
+    def _express(self, part: Part, how: How, index: int = -1) -> Any:
+        """Make a call that may need no record; with an index, one that has that place already."""
         self._check_open()
         assert isinstance(self._runtime, ThreadRuntime)
         manner = Manner(bool(how.get("atomic", True)), bool(how.get("retry", False)))
@@ -190,7 +238,8 @@ class Communicator(Handle[Any]):
             return op
 
         try:
-            info = self._runtime.express(self._comm, part, manner, self._seen.epoch, make)
+            express = self._runtime.express if index < 0 else partial(self._runtime.go_on, index)
+            info = express(self._comm, part, manner, self._seen.epoch, make)
         except BaseException:  # Ctrl-C, perhaps after the call has begun
             for work in works:
                 work._abandon()

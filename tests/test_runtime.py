@@ -18,7 +18,7 @@ import pytest
 import pccl
 from pccl import runtime as module
 from pccl import sync
-from pccl.runtime import SIGNALS, SignalsHeld
+from pccl.signals import SIGNALS, SignalsHeld
 from tests.checks.support import QUICK, group, in_threads, master_thread, until, wait_until
 
 

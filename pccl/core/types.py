@@ -95,8 +95,7 @@ class View:
         return f"epoch {self.epoch}, rank {self.rank} of {self.world_size}"
 
 
-@dataclass(frozen=True, slots=True)
-class Info:
+class Info(NamedTuple):
     """What a collective did."""
 
     call: str
@@ -112,13 +111,17 @@ class Info:
     seconds: float
     """From the call to its end, all attempts."""
     attempts: int
-    out: Any = field(repr=False, default=None)
+    out: Any = None
     """The result: what was given as ``out``, or the tensor itself where it was reduced in place, or a new array."""
 
     @property
     def world_size(self) -> int:
         """Number of members that contributed."""
         return len(self.members)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={value!r}" for name, value in zip(self._fields[:-1], self, strict=False))
+        return f"Info({shown})"  # without the result, which may be large
 
 
 @dataclass(frozen=True, slots=True)

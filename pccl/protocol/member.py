@@ -143,6 +143,12 @@ class Membership:
             self._begin(record, now)
 
     @property
+    def is_clear(self) -> bool:
+        """Whether nothing is under way, and nothing known of what is to come."""
+        held = self.stopped or self._open or self._queue or self.fresh or self._news or self._leaving or self._stored
+        return not held
+
+    @property
     def has_way(self) -> bool:
         """Whether an untagged call that is made now begins at once, and nothing is known of it."""
         held = self.stopped or self._update or self._queue or self.fresh or self._news or self._leaving or self._stored
