@@ -19,6 +19,7 @@ import numpy.typing as npt
 from pccl.calls import Collective, Part
 from pccl.collectives.executor import Executor
 from pccl.collectives.flow import Moving
+from pccl.collectives.quantize import Codec
 from pccl.collectives.reduction import Kernels
 from pccl.core import codec
 from pccl.core.codec import WireError
@@ -68,6 +69,7 @@ class Engine:
         self.options = options
         self.executor = Executor(self)
         self.kernels = Kernels()
+        self.codec = Codec(self.kernels)
         self.routes = Routes(self.executor.flow)
         self.error: PcclError | None = None
         """Why this peer is no member any more, once it is not"""
