@@ -72,20 +72,21 @@ class CodedTransfer(Transfer):
     def _records(self, use: Use, s: int) -> Array:
         return self._scratch_for(use, s)[: self.slice_bytes(use.block, s)].view(self._dtype)
 
-    def _elements(self, of: Array, start: int, use: Use, s: int) -> Array:
-        """A slice in the caller's memory, of a block that begins at this record there."""
+    def _extent(self, start: int, use: Use, s: int) -> tuple[int, int]:
+        """Where the elements of a slice begin and end, of a block whose first record is this one."""
         block = block_of(self._quantization)
         segment, first = divmod(start + s * self.layout.slice_size, -(-self._count // block))
         stop = first + self.slice_bytes(use.block, s) // self._item
         begin = segment * self._count
-        return of[begin + first * block : begin + min(stop * block, self._count)]
+        return begin + first * block, begin + min(stop * block, self._count)
 
     def _content(self, use: Use, s: int) -> Array:
         """The slice's present content: the caller's elements, or records."""
         if not use.first:
             return self._records(use, s)
         assert self._source is not None
-        return self._elements(self._source, self.layout.source[use.block], use, s)
+        begin, end = self._extent(self.layout.source[use.block], use, s)
+        return self._source[begin:end]
 
     def _fresh_home(self, use: Use, s: int) -> Array:
         """Where the slice's new content goes: records if it goes on from here, else the caller's elements."""
@@ -93,22 +94,23 @@ class CodedTransfer(Transfer):
 
     def _result(self, use: Use, s: int) -> Array:
         """The slice's place in the caller's memory, made ready to be overwritten."""
-        target = self._target
-        assert target is not None
-        home = self._elements(target, self.layout.target[use.block], use, s)
+        assert self._target is not None
+        begin, end = self._extent(self.layout.target[use.block], use, s)
         if self._undo:
-            start = home.ctypes.data - target.ctypes.data
-            self._undo.save(start, start + home.nbytes)
-        return home
+            self._undo.save(begin * self._target.itemsize, end * self._target.itemsize)
+        return self._target[begin:end]
 
     def _is_last(self, use: Use) -> bool:
         """Whether the block has a target and nobody uses it after this."""
         return self.layout.target[use.block] >= 0 and use.writes + 1 + use.reads == self.program.uses[use.block]
 
+    def _start(self, use: Use) -> int:
+        """A record of the whole with which the block begins."""
+        return max(0, self.layout.source[use.block], self.layout.target[use.block])
+
     def _draw(self, use: Use, s: int, nth: int) -> Draw:
         """The chance by which this rank rounds a slice: the nth time, if it does so several times."""
-        place = max(0, self.layout.source[use.block], self.layout.target[use.block])
-        return Draw(self.program.rank, nth, place + s * self.layout.slice_size)
+        return Draw(self.program.rank, nth, self._start(use) + s * self.layout.slice_size)
 
     # --- progress ---------------------------------------------------------------------------------------------------
 
@@ -125,8 +127,10 @@ class CodedTransfer(Transfer):
         self._fold(unit, s, [self._content(unit.use, s), came])
 
     def _fold(self, unit: Unit, s: int, parts: list[Array]) -> None:
-        draw = self._draw(unit.use, s, 1 + unit.use.writes)
-        self._codec.fold(self._quantization, self._arithmetic, self._fresh_home(unit.use, s), parts, unit.final, draw)
+        use = unit.use
+        begin, end = self._extent(self._start(use), use, s)
+        draw = self._draw(use, s, 1 + use.writes)
+        self._codec.fold(self._quantization, self._arithmetic, self._fresh_home(use, s), parts, unit.final, end - begin, draw)
 
     def _wrote(self, use: Use, s: int, stream: InStream | None = None, n: int = 0) -> None:
         block = use.block

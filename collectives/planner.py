@@ -23,8 +23,8 @@ ONE_SHOT = 64 << 10
 """All-reduces up to this size go to everyone at once: one hop instead of two or more."""
 SLICE = 1 << 20
 """Slices of large calls: small enough to keep the arithmetic busy while data comes in, large enough to cost little each."""
-CODED_SLICE = 256 << 10
-"""Of calls whose elements travel quantized: their arithmetic is that of several times as many bytes."""
+CODED_SLICE = 128 << 10
+"""Elements of a slice that travels quantized: it is the arithmetic that takes time."""
 LEAST_SLICE = 64 << 10
 
 _SMALL = {
@@ -67,7 +67,7 @@ def plan(
     root: int = -1,
     broken: tuple[tuple[int, int], ...] = (),
     near: bool = False,
-    coded: bool = False,
+    block: int = 0,
 ) -> Plan:
     """The plan for a call.
 
@@ -75,8 +75,8 @@ def plan(
         algorithm: "auto", or a name of `algorithms(collective, world)`.
         count: elements per segment (see `pccl.core.step`).
         near: all members are on one host, where a hop costs less than the frames that it saves.
-        coded: elements are records, of partial results as of any: what the fewest ranks encode the fewest times suits, and each result is
-            encoded by one rank only.
+        block: what an element that travels stands for, if it is a record of so many quantized ones; else 0. Of records the fewest
+            encodings are best, and no result may be encoded by more than one rank.
         broken: pairs of ranks without a link between them; then every algorithm but a spanning tree's is out of the question.
 
     Raises:
@@ -89,7 +89,7 @@ def plan(
             known = ", ".join(("auto", *algorithms(collective, world)))
             raise InvalidArgument(f"algorithm: {algorithm!r} does not work with {world} peers; there are {known}")
     nbytes = count * itemsize
-    slice_size = _slice(world, itemsize, CODED_SLICE if coded else SLICE)
+    slice_size = _slice(world, itemsize, block)
     if broken and collective == "sendrecv":
         raise Unreachable("there is no link between the two members, and nobody relays for them")
     if broken or (algorithm == "spanning_tree" and collective != "sendrecv"):
@@ -99,9 +99,9 @@ def plan(
             raise Unreachable(f"the members are not connected by links, and nobody else relays for them: {e}") from None
         return Plan(build(collective, "spanning_tree", world, root=root, parents=parents), slice_size)
     if algorithm == "auto":
-        algorithm = "direct" if coded and collective == "all_reduce" else _choose(collective, nbytes, world, near)
+        algorithm = "direct" if block and collective == "all_reduce" else _choose(collective, nbytes, world, near)
     cuts = 0
-    if collective == "all_reduce" and algorithm == "direct" and nbytes <= ONE_SHOT and not coded:
+    if collective == "all_reduce" and algorithm == "direct" and nbytes <= ONE_SHOT and not block:
         cuts = 1
     if find(collective, algorithm).cyclic:
         # scratch goes round in a circle: a part must stay below half of a stream's window
@@ -131,8 +131,9 @@ def _choose(collective: str, nbytes: int, world: int, near: bool) -> str:
     return (_SMALL if nbytes <= ONE_SHOT else _LARGE)[collective]
 
 
-def _slice(world: int, itemsize: int, largest: int) -> int:
+def _slice(world: int, itemsize: int, block: int) -> int:
     """Elements per slice: two from every peer have to fit into the window."""
+    largest = CODED_SLICE // block * itemsize if block else SLICE
     return max(1, min(largest, max(LEAST_SLICE, WINDOW // (2 * world))) // itemsize)
 
 

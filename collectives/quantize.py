@@ -12,7 +12,7 @@ Error of one encoding, for elements of magnitude up to m in the block; u is 2**-
 
 - scaled kinds: at most ``step * (1/2 + 2**-12) + 2 * u * m`` rounded to nearest, ``step * (1 + 2**-12) + 2 * u * m`` stochastically; plus
   2**-118, since a block whose elements are closer together than that is taken for constant;
-- bfloat16: ``2**-9 * m`` or ``2**-8 * m`` with m the element's own magnitude (and half of 2**-133, or all, at least);
+- bfloat16: ``2**-8 * m`` or ``2**-7 * m`` with m the element's own magnitude (and half of 2**-133, or all, at least);
 - float16: ``2**-11 * m`` or ``2**-10 * m`` (and half of 2**-24, or all, at least).
 
 Elements of float64 are rounded to float32 first, results to the tensor's dtype at the end.
@@ -113,36 +113,43 @@ class Codec:
 
     def encode(self, q: Quantization, out: Array, x: Array, draw: Draw) -> None:
         """Coded ``out`` = plain x; `draw` is for stochastic rounding."""
-        self._quietly(self._run, q, None, out, [x], False, draw)
+        self._quietly(self._run, q, None, out, [x], False, x.size, draw)
 
     def decode(self, q: Quantization, out: Array, x: Array) -> None:
         """Plain ``out`` = coded x."""
-        self._quietly(self._run, q, None, out, [x], False, None)
+        self._quietly(self._run, q, None, out, [x], False, out.size, None)
 
-    def fold(self, q: Quantization, arithmetic: Arithmetic, out: Array, parts: Sequence[Array], final: bool, draw: Draw) -> None:
+    def fold(self, q: Quantization, arithmetic: Arithmetic, out: Array, parts: Sequence[Array], final: bool, size: int, draw: Draw) -> None:
         """``out = parts[0] op parts[1] op ...``, from left to right in float32, finished if final, and rounded once.
 
         Args:
             out: plain or coded; may be one of the parts.
             parts: two or more, each plain or coded.
+            size: elements of each.
             draw: for stochastic rounding, if out is coded.
         """
-        self._quietly(self._run, q, arithmetic, out, parts, final, draw)
+        self._quietly(self._run, q, arithmetic, out, parts, final, size, draw)
 
     def _run(
-        self, q: Quantization, arithmetic: Arithmetic | None, out: Array, parts: Sequence[Array], final: bool, draw: Draw | None
+        self,
+        q: Quantization,
+        arithmetic: Arithmetic | None,
+        out: Array,
+        parts: Sequence[Array],
+        final: bool,
+        size: int,
+        draw: Draw | None,
     ) -> None:
         if not self._rows:
             self._rows = [np.empty(CHUNK, np.float32) for _ in range(3)]
         block = block_of(q)
-        size, rows = min(x.size * block if is_coded(x) else x.size for x in (out, *parts)), CHUNK // block
+        rows = CHUNK // block
         dice = self._dice(q, draw) if q.stochastic and draw and is_coded(out) else None
         for low in range(0, -(-size // block), rows):
-            # The last record may lack elements: it is worked on by itself, in scratch, where they are filled in.
             high = min(low + rows, size // block)
             if low < high:
                 self._chunk(q, arithmetic, out, parts, final, dice, slice(low, high), slice(low * block, high * block))
-            if high < min(low + rows, -(-size // block)):
+            if high < min(low + rows, -(-size // block)):  # the last record lacks elements, and is worked on by itself
                 self._chunk(q, arithmetic, out, parts, final, dice, slice(high, high + 1), slice(high * block, size))
 
     def _chunk(
@@ -171,9 +178,7 @@ class Codec:
             piece = x[elements]
             if whole and piece.dtype == np.float32:
                 return piece.reshape(shape)
-            flat = scratch.reshape(-1)
-            self._convert(flat[: piece.size], piece)
-            flat[piece.size :] = flat[piece.size - 1]
+            self._convert(scratch.reshape(-1)[: piece.size], piece)
             return scratch
 
         result = load(parts[0], total)
@@ -184,6 +189,9 @@ class Codec:
             if final:
                 arithmetic.finish(total)
         if is_coded(out):
+            if not whole:  # filled up with what does not make the step larger
+                flat, count = result.reshape(-1), elements.stop - elements.start
+                flat[count:] = flat[count - 1]
             self._encode(q, into, result, work, term, dice)
         elif not straight:
             self._convert(into, result.reshape(-1)[: into.size])

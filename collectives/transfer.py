@@ -466,13 +466,13 @@ class Transfer:
         self._arithmetic.fold(self._fresh_home(unit.use, s), parts, unit.final)
 
     def _wrote(self, use: Use, s: int, stream: InStream | None = None, n: int = 0) -> None:
-        """A slice has new content; `stream` brought it, and gets its room back when no scratch holds it."""
+        """A slice has new content; `stream` brought it, and gets its room back when no scratch holds it that lacks a place of its own."""
         block = use.block
         self._writes[block][s] += 1
         self._left -= 1
         if stream:
             known = self._scratch.get((block, s))
-            if known and known[1] is None and use.first:
+            if known and known[1] is None and use.first and self.layout.target[block] < 0:
                 self._scratch[block, s] = (known[0], stream, n)
             else:
                 stream.release(n)

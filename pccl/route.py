@@ -111,9 +111,7 @@ class Routes:
         broken = tuple((min(ranks[a], ranks[b]), max(ranks[a], ranks[b])) for a, b in links if a in ranks and b in ranks)
         near = len({m.host for m in view.members}) == 1
         try:
-            planned = plan(
-                ask.collective, ask.algorithm, world, items, ask.itemsize, root=root, broken=broken, near=near, coded=ask.block > 0
-            )
+            planned = plan(ask.collective, ask.algorithm, world, items, ask.itemsize, root=root, broken=broken, near=near, block=ask.block)
         except Unreachable as e:
             raise _aborted(call, str(e), view) from None
         schedule = planned.schedule
