@@ -220,7 +220,7 @@ class Codec:
             np.add(out, records["low"][:, None], out=out)
 
     def _encode(self, q: Quantization, records: Array, x: Floats, work: Floats, spare: Floats, dice: np.random.PCG64 | None) -> None:
-        """x is the caller's, or spare."""
+        """x may be the caller's and is only read; work and spare are scratch."""
         if q.kind not in SCALED:
             self._encode_float(q, records["codes"].reshape(-1), x.reshape(-1), work.reshape(-1), dice)
             return
@@ -239,7 +239,7 @@ class Codec:
             np.subtract(x, low[:, None], out=work)
             np.multiply(work, inverse[:, None], out=work)
         records["step"] = step
-        if dice:  # half the time up, half down from where it is nearest; the middle of the 2**16 intervals is never a tie
+        if dice:  # rounded to nearest after up to half a step more or less; never just half, which would be a tie for whole numbers
             np.copyto(spare, _draw(dice, x.size).reshape(x.shape))
             np.multiply(spare, np.float32(2.0**-16), out=spare)
             np.add(spare, np.float32(2.0**-17 - 0.5), out=spare)
