@@ -24,6 +24,8 @@ ONE_SHOT = 64 << 10
 """All-reduces up to this size go to everyone at once: one hop instead of two or more."""
 SLICE = 1 << 20
 """Slices of large calls: small enough to keep the arithmetic busy while data comes in, large enough to cost little each."""
+CODED_SLICE = 128 << 10
+"""Elements of a slice that travels quantized: it is the arithmetic that takes time."""
 LEAST_SLICE = 64 << 10
 
 _SMALL = {
@@ -66,6 +68,7 @@ def plan(
     root: int = -1,
     broken: tuple[tuple[int, int], ...] = (),
     near: bool = False,
+    block: int = 0,
 ) -> Plan:
     """The plan for a call.
 
@@ -73,6 +76,8 @@ def plan(
         algorithm: "auto", or a name of `algorithms(collective, world)`.
         count: elements per segment (see `pccl.core.step`).
         near: all members are on one host, where a hop costs less than the frames that it saves.
+        block: what an element that travels stands for, if it is a record of so many quantized ones; else 0. Of records the fewest
+            encodings are best, and no result may be encoded by more than one rank.
         broken: pairs of ranks without a link between them; then every algorithm but a spanning tree's is out of the question.
 
     Raises:
@@ -85,6 +90,7 @@ def plan(
             known = ", ".join(("auto", *algorithms(collective, world)))
             raise InvalidArgument(f"algorithm: {algorithm!r} does not work with {world} peers; there are {known}")
     nbytes = count * itemsize
+    slice_size = _slice(world, itemsize, block)
     if broken and collective == "sendrecv":
         raise Unreachable("there is no link between the two members, and nobody relays for them")
     if broken or (algorithm == "spanning_tree" and collective != "sendrecv"):
@@ -92,19 +98,18 @@ def plan(
             parents = tuple(int(p) for p in trees.spanning_tree(_links(world, broken), root=root))
         except InvalidArgument as e:
             raise Unreachable(f"the members are not connected by links, and nobody else relays for them: {e}") from None
-        return Plan(build(collective, "spanning_tree", world, root=root, parents=parents), _slice(world, itemsize))
+        return Plan(build(collective, "spanning_tree", world, root=root, parents=parents), slice_size)
     if algorithm == "auto":
-        algorithm = _choose(collective, nbytes, world, near)
+        algorithm = "direct" if block and collective == "all_reduce" else _choose(collective, nbytes, world, near)
     cuts = 0
-    if collective == "all_reduce" and algorithm == "direct" and nbytes <= ONE_SHOT:
+    if collective == "all_reduce" and algorithm == "direct" and nbytes <= ONE_SHOT and not block:
         cuts = 1
-    slice_bytes = _slice(world, itemsize) * itemsize
     if find(collective, algorithm).cyclic:
         # scratch goes round in a circle: a part must stay below half of a stream's window
         natural = natural_cuts(collective, algorithm, world)
         cuts = natural * max(1, -(-nbytes // natural // (WINDOW // 4)))
     needs_root = collective in ROOTED or algorithm == "star"
-    return Plan(build(collective, algorithm, world, root=max(root, 0) if needs_root else -1, cuts=cuts), slice_bytes // itemsize)
+    return Plan(build(collective, algorithm, world, root=max(root, 0) if needs_root else -1, cuts=cuts), slice_size)
 
 
 def check_algorithm(collective: str, algorithm: str) -> None:
@@ -127,9 +132,10 @@ def _choose(collective: str, nbytes: int, world: int, near: bool) -> str:
     return (_SMALL if nbytes <= ONE_SHOT else _LARGE)[collective]
 
 
-def _slice(world: int, itemsize: int) -> int:
+def _slice(world: int, itemsize: int, block: int) -> int:
     """Elements per slice: two from every peer have to fit into the window."""
-    return max(1, min(SLICE, max(LEAST_SLICE, WINDOW // (2 * world))) // itemsize)
+    largest = CODED_SLICE // block * itemsize if block else SLICE
+    return max(1, min(largest, max(LEAST_SLICE, WINDOW // (2 * world))) // itemsize)
 
 
 def _links(world: int, broken: Collection[tuple[int, int]]) -> np.ndarray[tuple[int, int], np.dtype[np.bool_]]:

@@ -53,7 +53,7 @@ class Kernels:
     """
 
     def __init__(self) -> None:
-        self._quietly = _without_warnings()
+        self._quietly = without_warnings()
         self._halves = Halves()
         self._sums = np.empty(0, np.uint8)
         self._products = np.empty(0, np.uint8)
@@ -214,7 +214,7 @@ def _settle(op: ReduceOp, x: Array, divide_by: int) -> None:
         np.add(x, 0, out=x)  # makes -0 +0
 
 
-def _without_warnings() -> Callable[..., Any]:
+def without_warnings() -> Callable[..., Any]:
     """A function that calls a function without numpy's warnings: infinities and NaNs are results like others.
 
     From numpy 2 on the setting is a context variable, so that a context of one's own does at a tenth of the cost of `errstate`.

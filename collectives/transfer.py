@@ -7,7 +7,7 @@ A transfer knows no task, no clock and no lock: it reacts to slices that arrive 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -101,7 +101,7 @@ class InStream:
     def place(self) -> memoryview:
         """Where the next slice goes."""
         unit, s, t = self.units[self._unit], self._slice, self.transfer
-        if unit.action == Action.RECEIVE and t.is_due(unit.use, s):
+        if unit.action == Action.RECEIVE and t.lies_as_sent(unit.use) and t.is_due(unit.use, s):
             return t.writable_bytes(unit.use, s)
         n = self.expected
         self._scratch = t.host.take_scratch(n)
@@ -193,6 +193,7 @@ class Transfer:
         undo: saves what is overwritten, if the call may have to give its inputs back.
         flows: rank -> the flow to that peer.
         window: bytes of scratch and early slices that all peers together may occupy.
+        wire: the dtype of what travels and lies in scratch, and in whose items the layout counts; the caller's where it is None.
     """
 
     def __init__(
@@ -209,6 +210,7 @@ class Transfer:
         *,
         undo: Undo | None,
         window: int,
+        wire: np.dtype[Any] | None = None,
     ) -> None:
         self.host = host
         self.key = key
@@ -220,8 +222,8 @@ class Transfer:
         self.halted = False
         some = source if source is not None else target
         assert some is not None
-        self._dtype = some.dtype
-        self._item = some.dtype.itemsize
+        self._dtype = some.dtype if wire is None else wire
+        self._item = self._dtype.itemsize
         self._source = source
         self._target = target
         self._source_bytes = source.view(np.uint8).data if source is not None else memoryview(b"")
@@ -356,6 +358,10 @@ class Transfer:
             return writes >= use.writes
         return writes == use.writes and self._reads[use.block][s] >= use.reads
 
+    def lies_as_sent(self, use: Use) -> bool:
+        """Whether what a unit receives can go straight to where it belongs."""
+        return True
+
     def readable_bytes(self, use: Use, s: int) -> memoryview:
         """The slice's present content."""
         start, n = s * self.layout.slice_size * self._item, self.slice_bytes(use.block, s)
@@ -419,12 +425,9 @@ class Transfer:
         """Use a slice that lies in scratch."""
         came = scratch[:n].view(self._dtype)
         if unit.action == Action.RECEIVE:
-            self._fresh_home(unit.use, s)[:] = came
+            self._assign(unit.use, s, came)
         else:
-            home = self._fresh_home(unit.use, s)
-            self._arithmetic.combine(home, self._content(unit.use, s), came)
-            if unit.final:
-                self._arithmetic.finish(home)
+            self._combine(unit, s, came)
         self.host.give_scratch(scratch)
         self._wrote(unit.use, s, stream, n)
 
@@ -433,29 +436,43 @@ class Transfer:
         if not self.is_due(unit.use, s):
             return
         if unit.action == Action.COPY:
-            source, home = self._content(unit.use, s), self._fresh_home(unit.use, s)
-            if source.ctypes.data != home.ctypes.data:
-                home[:] = source
+            self._assign(unit.use, s, self._content(unit.use, s))
             self._wrote(unit.use, s)
             return
         for u in unit.sources:
             if not self.is_due(u, s):
                 return
-        parts = [self._content(u, s) for u in unit.sources]
-        self._arithmetic.fold(self._fresh_home(unit.use, s), parts, unit.final)
+        self._fold(unit, s, [self._content(u, s) for u in unit.sources])
         for u in unit.sources:
             self._writes[u.block][s] += 1
             self._free_scratch(u.block, s)
         self._wrote(unit.use, s)
 
+    def _assign(self, use: Use, s: int, content: Array) -> None:
+        """RECEIVE, COPY"""
+        home = self._fresh_home(use, s)
+        if content.ctypes.data != home.ctypes.data:
+            home[:] = content
+
+    def _combine(self, unit: Unit, s: int, came: Array) -> None:
+        """REDUCE"""
+        home = self._fresh_home(unit.use, s)
+        self._arithmetic.combine(home, self._content(unit.use, s), came)
+        if unit.final:
+            self._arithmetic.finish(home)
+
+    def _fold(self, unit: Unit, s: int, parts: list[Array]) -> None:
+        """FOLD"""
+        self._arithmetic.fold(self._fresh_home(unit.use, s), parts, unit.final)
+
     def _wrote(self, use: Use, s: int, stream: InStream | None = None, n: int = 0) -> None:
-        """A slice has new content; `stream` brought it, and gets its room back when no scratch holds it."""
+        """A slice has new content; `stream` brought it, and gets its room back when no scratch holds it that lacks a place of its own."""
         block = use.block
         self._writes[block][s] += 1
         self._left -= 1
         if stream:
             known = self._scratch.get((block, s))
-            if known and known[1] is None and use.first:
+            if known and known[1] is None and use.first and self.layout.target[block] < 0:
                 self._scratch[block, s] = (known[0], stream, n)
             else:
                 stream.release(n)

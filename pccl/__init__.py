@@ -34,6 +34,7 @@ from pccl.core.errors import (
     VersionMismatch,
 )
 from pccl.core.options import DEFAULT_PORT, Options
+from pccl.core.quantization import Quantization
 from pccl.core.types import Epoch, Info, Member, RoundInfo, StateInfo, View
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ __all__ = [
     "Member",
     "Options",
     "PcclError",
+    "Quantization",
     "ReduceOp",
     "RoundInfo",
     "StateConflict",

@@ -12,16 +12,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from pccl.collectives.coded import CodedTransfer
 from pccl.collectives.flow import CallKey, Moving
 from pccl.collectives.lane import Lane
 from pccl.collectives.planner import WINDOW
 from pccl.collectives.pull import LOCAL, Pull
+from pccl.collectives.quantize import block_of, record_type
 from pccl.collectives.reduction import Kernels
 from pccl.collectives.tensors import Memory, allocate_like, memory_of
 from pccl.collectives.transfer import Transfer, Undo
 from pccl.collectives.volley import Volley
 from pccl.core.dtypes import ReduceOp, dtype_named
 from pccl.core.errors import CollectiveAborted, PcclError
+from pccl.core.quantization import Quantization
 from pccl.core.types import Info, Pair, RoundInfo, Tag, View
 from pccl.operations import Operation, signature
 from pccl.protocol.record import Outcome, Record, State
@@ -85,6 +88,7 @@ class Part:
         root: uid of the root, -1 if there is none.
         like: the caller's tensor that a new result is to be like.
         accumulate: half floats travel and are summed in float32.
+        quantization: what travels instead of the elements.
     """
 
     def __init__(
@@ -99,6 +103,7 @@ class Part:
         like: Any = None,
         algorithm: str = "auto",
         accumulate: bool = False,
+        quantization: Quantization | None = None,
         in_place: bool = False,
         inside: bool = False,
         pair: Pair | None = None,
@@ -117,7 +122,11 @@ class Part:
         self._like = like
         self._work = dtype_named("float32") if accumulate and self.dtype.half else self.dtype
         given, got = -1 if x is None else x.count, -1 if out is None else out.count
-        self.ask = Ask(collective, algorithm, given, got, self._work.itemsize, root, pair)
+        self._quantization = quantization
+        itemsize, block = self._work.itemsize, 0
+        if quantization:
+            itemsize, block = record_type(quantization).itemsize, block_of(quantization)
+        self.ask = Ask(collective, algorithm, given, got, itemsize, block, root, pair)
         self.nbytes = some.count * some.dtype.itemsize
         self._in_place = in_place
         self._inside = inside
@@ -156,12 +165,15 @@ class Part:
                 engine.executor, key, self.signature, source, target, arithmetic, flows, rank=route.rank, hub=route.hub, undo=self._undo
             )
             return self._transfer
-        program, layout = route.program, route.layout
-        assert program
-        assert layout
-        self._transfer = Transfer(
-            engine.executor, key, self.signature, program, layout, source, target, arithmetic, flows, undo=self._undo, window=WINDOW
-        )
+        assert route.program
+        assert route.layout
+        what = engine.executor, key, self.signature, route.program, route.layout, source, target, arithmetic, flows
+        if self._quantization:
+            self._transfer = CodedTransfer(
+                *what, undo=self._undo, window=WINDOW, codec=engine.codec, quantization=self._quantization, count=route.segment
+            )
+        else:
+            self._transfer = Transfer(*what, undo=self._undo, window=WINDOW)
         return self._transfer
 
     def arithmetic(self, kernels: Kernels, world: int, *, everywhere: bool = False) -> Reduction:
@@ -201,7 +213,8 @@ class Part:
                 assert out.flat is not None
                 self._target = out.flat[:count]
         self._out_now = out
-        if same and not route.errand and atomic and not copy_in and self.collective != "broadcast":  # whose root keeps what it gives
+        kept = self.collective == "broadcast" and not self._quantization  # its root keeps what it gives
+        if same and not route.errand and atomic and not copy_in and not kept:
             assert self._target is not None
             memory = self._target.view(np.uint8)
             spare = engine.spare(memory.nbytes)
@@ -303,7 +316,7 @@ def call_signature(part: Part, atomic: bool, retry: bool) -> int:
 
 def is_local(part: Part) -> bool:
     """Whether an untagged plain call of this goes through shared memory among members that have some."""
-    return part.pair is None and part.ask.algorithm in ("auto", LOCAL)
+    return part.pair is None and not part.ask.block and part.ask.algorithm in ("auto", LOCAL)
 
 
 class _Parts(Operation):

@@ -20,6 +20,7 @@ from pccl.calls import Collective, Part, is_local
 from pccl.collectives.executor import Executor
 from pccl.collectives.flow import CallKey, Flow, Moving
 from pccl.collectives.lane import Commons, Lane
+from pccl.collectives.quantize import Codec
 from pccl.collectives.reduction import Kernels
 from pccl.core import codec
 from pccl.core.codec import WireError
@@ -76,6 +77,7 @@ class Engine:
         self.options = options
         self.executor = Executor(self)
         self.kernels = Kernels()
+        self.codec = Codec(self.kernels)
         self.routes = Routes(self.executor.flow)
         self.error: PcclError | None = None
         """Why this peer is no member any more, once it is not"""

@@ -18,6 +18,7 @@ from pccl.collectives.tensors import Memory, Overlap, memory_of, overlap
 from pccl.core.dtypes import ReduceOp, reduce_op
 from pccl.core.errors import InvalidArgument
 from pccl.core.options import check_timeout
+from pccl.core.quantization import Quantization, quantization
 from pccl.core.types import Member, Pair, Tag, View
 from pccl.operations import Operation, Split
 from pccl.runtime import Runtime, closed_error
@@ -76,7 +77,16 @@ class Collectives(ABC, Generic[R]):
 
     # --- collectives ------------------------------------------------------------------------------------------------
 
-    def all_reduce(self, x: Any, op: str | ReduceOp = "sum", *, out: Any = None, accumulate: str | None = None, **how: Unpack[How]) -> R:
+    def all_reduce(
+        self,
+        x: Any,
+        op: str | ReduceOp = "sum",
+        *,
+        out: Any = None,
+        accumulate: str | None = None,
+        quantize: str | Quantization | None = None,
+        **how: Unpack[How],
+    ) -> R:
         """Combine every member's tensor, element by element; every member gets the result, the same to the bit.
 
         Args:
@@ -84,12 +94,24 @@ class Collectives(ABC, Generic[R]):
             op: "sum", "avg", "prod", "min", "max", "band", "bor", "bxor" or `premul_sum(factor)`.
             out: where the result goes, like x; may be x.
             accumulate: "float32" lets half floats travel and add up in float32, at twice the bytes.
+            quantize: what floats travel as: "uint8", "int8", "uint4", "bfloat16", "float16", or a `Quantization`. They add up in float32.
+                docs/quantization.md says what precision is left.
         """
-        return self._do(self._all_reduce(x, op, out, accumulate, how), how)
+        return self._do(self._all_reduce(x, op, how, out=out, accumulate=accumulate, quantize=quantize), how)
 
-    def _all_reduce(self, x: Any, op: str | ReduceOp, out: Any, accumulate: str | None, how: How) -> Part:
+    def _all_reduce(
+        self,
+        x: Any,
+        op: str | ReduceOp,
+        how: How,
+        *,
+        out: Any = None,
+        accumulate: str | None = None,
+        quantize: str | Quantization | None = None,
+    ) -> Part:
         given = result = memory_of(x, "x", write=out is None)
         reduction = reduce_op(op, given.dtype)
+        coded = _quantization(quantize, given, reduction, accumulate)
         where = Overlap.SAME if given.count else Overlap.NONE
         if out is not None:
             result = memory_of(out, "out", write=True)
@@ -97,13 +119,14 @@ class Collectives(ABC, Generic[R]):
             where = self._overlap(given, result)
         return Part(
             "all_reduce",
-            f"all_reduce({_of(given)}, {reduction.name}{_half(accumulate, given)})",
+            f"all_reduce({_of(given)}, {reduction.name}{_half(accumulate, given)}{_as(coded)})",
             x=given,
             out=result,
             op=reduction,
             in_place=where is Overlap.SAME,
             algorithm=_algorithm("all_reduce", how),
             accumulate=accumulate is not None,
+            quantization=coded,
         )
 
     def reduce(
@@ -134,16 +157,25 @@ class Collectives(ABC, Generic[R]):
         )
 
     def reduce_scatter(
-        self, x: Any, op: str | ReduceOp = "sum", *, out: Any = None, accumulate: str | None = None, **how: Unpack[How]
+        self,
+        x: Any,
+        op: str | ReduceOp = "sum",
+        *,
+        out: Any = None,
+        accumulate: str | None = None,
+        quantize: str | Quantization | None = None,
+        **how: Unpack[How],
     ) -> R:
         """Combine every member's tensor; member r gets the r-th of `world_size` equal parts of the result.
 
         Args:
             x: the input; its number of elements is a multiple of the world size.
             out: a world_size-th of x; may be this member's own part of x. Allocated where not given.
+            quantize: as in `all_reduce`; the result itself, which does not travel, is not quantized.
         """
         given, world = memory_of(x, "x"), self._view().world_size
         reduction = reduce_op(op, given.dtype)
+        coded = _quantization(quantize, given, reduction, accumulate)
         if given.count % world:
             raise InvalidArgument(f"x: its {given.count} elements are not a multiple of the world size, {world}")
         result, inside = None, False
@@ -154,7 +186,7 @@ class Collectives(ABC, Generic[R]):
         return self._do(
             Part(
                 "reduce_scatter",
-                f"reduce_scatter({_of(given)}, {reduction.name}{_half(accumulate, given)})",
+                f"reduce_scatter({_of(given)}, {reduction.name}{_half(accumulate, given)}{_as(coded)})",
                 x=given,
                 out=result,
                 op=reduction,
@@ -162,18 +194,21 @@ class Collectives(ABC, Generic[R]):
                 inside=inside,
                 algorithm=_algorithm("reduce_scatter", how),
                 accumulate=accumulate is not None,
+                quantization=coded,
             ),
             how,
         )
 
-    def all_gather(self, x: Any, *, out: Any = None, **how: Unpack[How]) -> R:
+    def all_gather(self, x: Any, *, out: Any = None, quantize: str | Quantization | None = None, **how: Unpack[How]) -> R:
         """Every member gets the tensors of all, one after the other in rank order.
 
         Args:
             x: of the same dtype and number of elements on all members; may be this member's own part of out.
             out: world_size times x; allocated with shape ``(world_size, *x.shape)`` where not given.
+            quantize: as in `all_reduce`. This member's own part of the result, too, is what the others get.
         """
         given = memory_of(x, "x")
+        coded = _quantization(quantize, given)
         result, inside = None, False
         if out is not None:
             result = memory_of(out, "out", write=True)
@@ -182,21 +217,26 @@ class Collectives(ABC, Generic[R]):
         return self._do(
             Part(
                 "all_gather",
-                f"all_gather({_of(given)})",
+                f"all_gather({_of(given)}{_as(coded)})",
                 x=given,
                 out=result,
                 like=x,
                 inside=inside,
                 algorithm=_algorithm("all_gather", how),
+                quantization=coded,
             ),
             how,
         )
 
-    def broadcast(self, x: Any, root: int = 0, **how: Unpack[How]) -> R:
-        """Every member's x becomes that of the member of rank `root`. After an error, x is undefined elsewhere than there."""
+    def broadcast(self, x: Any, root: int = 0, *, quantize: str | Quantization | None = None, **how: Unpack[How]) -> R:
+        """Every member's x becomes that of the member of rank `root`. After an error, x is undefined elsewhere than there.
+
+        With `quantize` (see `all_reduce`) the root's x, too, becomes what the others get.
+        """
         member, am_root = self._root(root)
-        given = memory_of(x, "x", write=not am_root)
-        description = f"broadcast({_of(given)}, root={root})"
+        given = memory_of(x, "x", write=not am_root or quantize is not None)
+        coded = _quantization(quantize, given)
+        description = f"broadcast({_of(given)}, root={root}{_as(coded)})"
         part = Part(
             "broadcast",
             description,
@@ -205,6 +245,7 @@ class Collectives(ABC, Generic[R]):
             root=member.uid,
             in_place=True,
             algorithm=_algorithm("broadcast", how),
+            quantization=coded,
         )
         return self._do(part, how)
 
@@ -476,6 +517,16 @@ def _half(accumulate: str | None, x: Memory) -> str:
     if not x.dtype.half:
         raise InvalidArgument(f"accumulate: it is for float16 and bfloat16; x is {x.dtype}")
     return ", accumulate=float32"
+
+
+def _quantization(quantize: object, x: Memory, op: ReduceOp | None = None, accumulate: str | None = None) -> Quantization | None:
+    if quantize is not None and accumulate is not None:
+        raise InvalidArgument("accumulate: quantized calls add up in float32 anyway; give quantize or accumulate")
+    return quantization(quantize, x.dtype, op)
+
+
+def _as(coded: Quantization | None) -> str:
+    return f", quantize={coded}" if coded else ""
 
 
 def _algorithm(collective: str, how: How) -> str:

@@ -30,6 +30,8 @@ class Ask(NamedTuple):
     """Elements of the output, likewise"""
     itemsize: int
     """Of what travels"""
+    block: int
+    """Elements that make an item of it; 0 if they travel as they are, one by one"""
     root: int
     """Uid, -1 without one"""
     pair: Pair | None
@@ -53,6 +55,8 @@ class Route(NamedTuple):
     """Each member folds for itself."""
     program: Program | None
     layout: Layout | None
+    segment: int
+    """Its elements"""
     flows: Mapping[int, Flow]
     """Rank -> the traffic with it, of those with whom there is any"""
     short: bool
@@ -111,13 +115,14 @@ class Routes:
         count = ask.given // many.source if gives and ask.given >= 0 else ask.got // many.target
         if local:
             todo = errand(ask.collective, world, rank, root, count, ask.itemsize)
-            return Route(rank, world, gives, gets, many.source, many.target, LOCAL, False, None, None, {}, False, None, uids, todo)
+            return Route(rank, world, gives, gets, many.source, many.target, LOCAL, False, None, None, count, {}, False, None, uids, todo)
         if ask.algorithm == LOCAL:
             raise _aborted(call, "algorithm='local' is for untagged calls outside of rounds, among members that share memory", view)
+        items = -(-count // ask.block) if ask.block else count
         broken = tuple((min(ranks[a], ranks[b]), max(ranks[a], ranks[b])) for a, b in links if a in ranks and b in ranks)
         near = len({m.host for m in view.members}) == 1
         try:
-            planned = plan(ask.collective, ask.algorithm, world, count, ask.itemsize, root=root, broken=broken, near=near)
+            planned = plan(ask.collective, ask.algorithm, world, items, ask.itemsize, root=root, broken=broken, near=near, block=ask.block)
         except Unreachable as e:
             raise _aborted(call, str(e), view) from None
         schedule = planned.schedule
@@ -134,9 +139,10 @@ class Routes:
             schedule.algorithm,
             schedule.cuts == 1 and direct,
             prog,
-            layout(prog, count, planned.slice_size),
+            layout(prog, items, planned.slice_size),
+            count,
             {r: self._flow(uids[r]) for r in prog.peers},
-            one_cut and world > 1 and 0 < count * ask.itemsize <= MOST,
+            one_cut and not ask.block and world > 1 and 0 < count * ask.itemsize <= MOST,
             None if direct else schedule.root,
             uids,
             None,

@@ -21,6 +21,7 @@ from pccl.communicator import Pending
 from pccl.connection import Settings, prepare
 from pccl.core.dtypes import ReduceOp
 from pccl.core.errors import InvalidArgument, PcclError
+from pccl.core.quantization import Quantization
 from pccl.core.types import RoundInfo, StateInfo, Tag, View
 from pccl.express import Manner, suits
 from pccl.face import Collectives, Handle, How, check_retry, check_tag
@@ -121,17 +122,27 @@ class Communicator(Handle[Any]):
         self._repeats: dict[tuple[Any, ...], Repeat | None] = {}
         """Kinds of small calls that were made before, and what is known of them"""
 
-    def all_reduce(self, x: Any, op: str | ReduceOp = "sum", *, out: Any = None, accumulate: str | None = None, **how: Unpack[How]) -> Any:
+    def all_reduce(
+        self,
+        x: Any,
+        op: str | ReduceOp = "sum",
+        *,
+        out: Any = None,
+        accumulate: str | None = None,
+        quantize: str | Quantization | None = None,
+        **how: Unpack[How],
+    ) -> Any:
         """See `pccl.face.Collectives.all_reduce`."""
-        if type(x) is not np.ndarray or out is not None or accumulate is not None or not ATOMIC.issuperset(how):
-            return self._do(self._all_reduce(x, op, out, accumulate, how), how)
+        special = out is not None or accumulate is not None or quantize is not None or not ATOMIC.issuperset(how)
+        if special or type(x) is not np.ndarray:
+            return self._do(self._all_reduce(x, op, how, out=out, accumulate=accumulate, quantize=quantize), how)
         kind = (x.dtype, x.shape, op, how.get("atomic", True))
         repeat = self._repeats.get(kind)
         if repeat:
             info = repeat(x)
             if info:
                 return info
-        part = self._all_reduce(x, op, out, accumulate, how)
+        part = self._all_reduce(x, op, how)
         info = self._do(part, how)
         if x.nbytes <= SMALL:
             self._expect(kind, part, how, x.shape)
@@ -147,10 +158,10 @@ class Communicator(Handle[Any]):
         manner, op = Manner(bool(how.get("atomic", True)), False), kind[2]
 
         def go_on(x: Any, index: int) -> Any:
-            return self._express(self._all_reduce(x, op, None, None, how), how, index)
+            return self._express(self._all_reduce(x, op, how), how, index)
 
         def give_up(x: Any, index: int) -> None:
-            self._runtime.engine.abandon(self._comm, self._operation(self._all_reduce(x, op, None, None, how), how), index)
+            self._runtime.engine.abandon(self._comm, self._operation(self._all_reduce(x, op, how), how), index)
 
         self._repeats[kind] = self._runtime.engine.repeat(self._runtime, self._comm, part, manner, shape, go_on, give_up)
 

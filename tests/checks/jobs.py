@@ -27,14 +27,16 @@ def total(names: list[str], turn: int, count: int) -> np.ndarray[Any, Any]:
     return sum([contribution(name, turn, count)[:-1] for name in names], np.zeros(count - 1, np.float32))
 
 
-async def reduce(comm: Any, name: str, turn: int, count: int, in_place: bool, retry: bool = False) -> dict[str, Any]:
-    """One all_reduce, and what came of it."""
+async def reduce(
+    comm: Any, name: str, turn: int, count: int, in_place: bool, retry: bool = False, quantize: str | None = None
+) -> dict[str, Any]:
+    """One all_reduce, and what came of it. In float16 the sums are exact, too."""
     comm = _again.get("comm", comm)
     x = contribution(name, turn, count)
     before = x.tobytes()
     out = None if in_place else np.full(count, -1, np.float32)
     try:
-        info = await comm.all_reduce(x, out=out, retry=retry)
+        info = await comm.all_reduce(x, out=out, retry=retry, quantize=quantize)
     except pccl.PcclError as e:
         data = {k: v for k, v in vars(e).items() if isinstance(v, (str, tuple))}
         return {"error": Failure(type(e).__name__, str(e), data), "intact": x.tobytes() == before}

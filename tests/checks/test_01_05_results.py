@@ -1,4 +1,4 @@
-"""Checks 1 to 5: what collectives compute, and that it is the same on every peer. Quantization (3, 4) is for when there is some."""
+"""Checks 1 to 5: what collectives compute, and that it is the same on every peer. For quantization (3, 4) see test_quantized_calls."""
 
 from __future__ import annotations
 

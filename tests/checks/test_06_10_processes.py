@@ -55,13 +55,21 @@ async def test_check_06_sigkill_inside_a_call(in_place: bool, every_transport: s
                 peers.append(fresh)
 
 
+@pytest.mark.parametrize("quantize", [None, "float16"])
+@pytest.mark.parametrize("retry", [False, True])
 @pytest.mark.parametrize("in_place", [True, False], ids=["in place", "out of place"])
-async def test_check_06_with_retry_the_survivors_get_their_sum(in_place: bool, every_transport: str) -> None:
+async def test_check_06_survivors_get_their_sum_or_their_inputs(
+    in_place: bool, retry: bool, quantize: str | None, every_transport: str
+) -> None:
+    """With retry the sum, without it the inputs: one is killed in the middle of the call."""
     async with pccl.Master() as master, processes(master.address, 4) as peers:
         victim, *others = peers
         await victim.do(strike_after, (MOVED // 2 if every_transport == "auto" else MOVED) // 3)
-        end, *found = await asyncio.gather(*(p.outcome(reduce, p.name, 0, COUNT, in_place, True) for p in peers))
+        end, *found = await asyncio.gather(*(p.outcome(reduce, p.name, 0, COUNT, in_place, retry, quantize) for p in peers))
         assert isinstance(end, Dead)
+        if not retry:
+            assert all(one["error"].kind == "CollectiveAborted" and one["intact"] for one in found), found
+            return
         assert all(one["error"] is None and one["right"] and one["intact"] for one in found), found
         assert all(sorted(one["members"]) == [p.name for p in others] for one in found)
         assert len({one["bits"] for one in found}) == 1

@@ -115,13 +115,18 @@ def test_check_07_a_fault_after_one_has_finished_and_before_another_has(in_place
     simulate(main, seed=7)
 
 
-@pytest.mark.parametrize("algorithm", ["ring", "bidirectional_ring", "tree", "star", "halving_doubling"])
-def test_check_07_with_other_schedules(in_place: bool, algorithm: str) -> None:
-    """One is killed when the first has its result and two have not: the same verdict for all, and what belongs to it in their buffers."""
+@pytest.mark.parametrize("quantize", [None, "float16"])
+@pytest.mark.parametrize("algorithm", ["direct", "ring", "bidirectional_ring", "tree", "star", "halving_doubling"])
+def test_check_07_with_other_schedules(in_place: bool, algorithm: str, quantize: str | None) -> None:
+    """One is killed when the first has its result and two have not: the same verdict for all, and what belongs to it in their buffers.
+
+    Sums of these inputs are exact in float16.
+    """
 
     async def main(world: World) -> str:
         comms = await simulated_members(world, "ABCDE")
-        calls = {name: Call(world, name, comm, in_place, algorithm=algorithm) for name, comm in comms.items()}
+        how = {"algorithm": algorithm, "quantize": quantize}
+        calls = {name: Call(world, name, comm, in_place, **how) for name, comm in comms.items()}
         first = await finished(comms, 1)
         others = [name for name in comms if name not in first]
         if len(others) < 2:
@@ -186,14 +191,15 @@ def test_check_08_retries_with_more_losses_than_slots(in_place: bool, slots: int
     assert max(hits) > 3, "no loss fell into a call"
 
 
+@pytest.mark.parametrize("quantize", [None, "float16"])
 @pytest.mark.parametrize("retry", [False, True])
-def test_check_11_a_link_that_swallows_everything(in_place: bool, retry: bool) -> None:
+def test_check_11_a_link_that_swallows_everything(in_place: bool, retry: bool, quantize: str | None) -> None:
     """The data link of A and B is dead without a word, their control links live: the call ends, the next go round it, nobody leaves."""
 
     async def main(world: World) -> None:
         comms = await simulated_members(world, "ABCD")
         world.cut("A", "B")
-        calls = [Call(world, name, comm, in_place, retry=retry) for name, comm in comms.items()]
+        calls = [Call(world, name, comm, in_place, retry=retry, quantize=quantize) for name, comm in comms.items()]
         results = await ends(calls)
         for call, result in zip(calls, results, strict=True):
             assert call.seconds < DETECTED, f"{call.name}: {call.seconds:.2f} s"
@@ -206,7 +212,8 @@ def test_check_11_a_link_that_swallows_everything(in_place: bool, retry: bool) -
                 assert set(result.survivors) == set("ABCD")
                 assert call.intact()
         for k in range(3):
-            later = [Call(world, name, comm, in_place, k, algorithm=("auto", "ring", "direct")[k]) for name, comm in comms.items()]
+            how = {"algorithm": ("auto", "ring", "direct")[k], "quantize": quantize}
+            later = [Call(world, name, comm, in_place, k, **how) for name, comm in comms.items()]
             for call, result in zip(later, await ends(later), strict=True):
                 assert isinstance(result, pccl.Info), result
                 assert call.right("ABCD")
