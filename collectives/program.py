@@ -49,6 +49,7 @@ class Program:
         outs, ins: the units of each stream, in stream order.
         local: COPY and FOLD units.
         uses: per block, how many units touch it; after the last, scratch is free.
+        writes: per block, how many of them write to it, or are the last to read it.
     """
 
     def __init__(self, schedule: Schedule, rank: int) -> None:
@@ -86,6 +87,7 @@ class Program:
                     self.ins[peer, channel].append(unit)
         self.blocks = np.fromiter(index, np.int64, len(index))
         self.uses = [w + r for w, r in zip(writes, reads, strict=True)]
+        self.writes = writes
         self.peers = tuple(dict.fromkeys(peer for peer, _ in (*self.outs, *self.ins)))
         """Ranks that this one exchanges data with"""
         self.waiters: list[list[Unit]] = [[] for _ in self.uses]

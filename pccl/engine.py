@@ -33,6 +33,7 @@ from pccl.protocol.member import Membership
 from pccl.protocol.peer import ROOT, Peer, Standpoint
 from pccl.protocol.record import Outcome, Record
 from pccl.route import Routes
+from pccl.staging import Pool
 from pccl.transports.base import ControlClient, Link, LinkHandler, LinkTicket, Refusal, Transport
 
 logger = logging.getLogger("pccl")
@@ -82,6 +83,7 @@ class Engine:
         self._address = address
         self._clock = clock
         self._loop = asyncio.get_running_loop()
+        self.pinned = Pool(self._loop)
         self._peer: Peer | None = None
         self._admitted: asyncio.Future[View] = self._loop.create_future()
         self._leaving: asyncio.Future[None] | None = None
@@ -163,6 +165,7 @@ class Engine:
             self.executor.drop_flow(uid)
         await self._transport.close()
         self._spare = None
+        self.pinned.drop()
 
     @property
     def busy(self) -> bool:
@@ -291,6 +294,15 @@ class Engine:
     def in_thread(self, work: Callable[[], None]) -> asyncio.Future[None]:
         """Run something that takes long besides the loop."""
         return self._loop.run_in_executor(None, work)
+
+    def from_thread(self, callback: Callable[..., None], *args: Any) -> None:
+        """Have the loop call this; for `in_thread`."""
+        self._loop.call_soon_threadsafe(callback, *args)
+
+    def failed(self, op: Operation, error: Exception) -> None:
+        """A step of a call that was taken elsewhere has failed, and so has the call."""
+        op.reason = self._reason(op, error)
+        self.fail(op, str(op.reason))
 
     def _end(self, op: Operation, reason: int, detail: str) -> None:
         if op in self._in_flight and self.error is None and self._peer and op.comm in self._peer.comms:
@@ -454,8 +466,7 @@ class Engine:
         try:
             step()
         except Exception as e:
-            op.reason = self._reason(op, e)  # a PcclError: the call does not fit this membership
-            self.fail(op, str(op.reason))
+            self.failed(op, e)  # a PcclError: the call does not fit this membership
             return False
         return True
 

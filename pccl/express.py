@@ -92,4 +92,4 @@ class Express:
 
 def suits(part: Part, how: Mapping[str, object]) -> bool:
     """Whether a call may be of this kind."""
-    return how == PLAIN and part.collective == "all_reduce" and part.nbytes <= MOST
+    return how == PLAIN and part.collective == "all_reduce" and part.nbytes <= MOST and not part.on_gpu

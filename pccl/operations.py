@@ -93,6 +93,9 @@ class Operation:
         self.deadline = None
         del self.on_settled
 
+    def hand_over(self) -> None:
+        """The caller's thread makes the call now."""
+
     def payload(self) -> bytes:
         """What this member gives to the call."""
         return b""
