@@ -170,12 +170,13 @@ def _first(tensor: Any, count: int) -> Iterator[Any]:
 
 
 def _beside(views: Iterable[Any], host: Bytes) -> Iterator[tuple[Any, Any]]:
-    """Each tensor with the part of host memory that belongs to it, as a tensor of the same kind."""
+    """Each tensor that has elements, with the part of host memory that belongs to it, as a tensor of the same kind."""
     torch = _torch()
     start = 0
     for view in views:
         stop = start + view.numel() * view.element_size()
-        yield view, torch.from_numpy(host[start:stop]).view(view.dtype).view(view.shape)
+        if start < stop:
+            yield view, torch.from_numpy(host[start:stop]).view(view.dtype).view(view.shape)
         start = stop
 
 

@@ -153,6 +153,7 @@ class Staging:
         self._moved = False
         """The transfer is complete"""
         self._ended = False
+        """Nothing is left to be copied before the commit, or it cannot be"""
         self._lock = threading.Lock()
         """Held by whoever begins copies, and by whoever says that there are to be no more"""
         self._stopped = threading.Event()
@@ -177,7 +178,7 @@ class Staging:
     def moved(self) -> None:
         """The transfer is complete."""
         self._moved = True
-        self._go_on()
+        self._heard(self._go_on)
 
     def commit(self) -> None:
         """Store the result, if that had to wait.
@@ -202,7 +203,7 @@ class Staging:
                     event.synchronize()
 
     def _heard(self, step: Callable[..., None], *args: Any) -> None:
-        """Of the thread."""
+        """Take a step."""
         if not self._stopped.is_set():
             try:
                 step(*args)
@@ -234,7 +235,11 @@ class Staging:
         while i < len(found) and found[i].start < stop:
             self._open[i] -= min(stop, found[i].stop) - max(start, found[i].start)
             if self._ready and not self._open[i]:
-                self._store(i)
+                try:
+                    self._store(i)
+                except Exception as e:
+                    self._ended = True
+                    self._tell(self._failed, e)  # later: the transfer has yet to finish its step
             i += 1
 
     def _go_on(self) -> None:
