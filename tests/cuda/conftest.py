@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from pccl.collectives import cuda
+from pccl.staging import Pinned
 
 
 class Fake:
@@ -60,6 +62,19 @@ class Real:
 
     def get(self, x: Any) -> Any:
         return x.detach().cpu()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _driver() -> None:
+    """What a process opens for its GPU and never closes is there before anybody counts."""
+    torch: Any = sys.modules.get("torch")
+    if torch and torch.cuda.is_available():
+        gpu, pinned = cuda.gpu_of(torch.zeros(1, device="cuda").device), Pinned(1 << 20)
+        pinned.pin(gpu)
+        tensor = torch.zeros(1 << 20, dtype=torch.uint8, device="cuda")
+        gpu.fetch([tensor], pinned.bytes).synchronize()
+        gpu.store(pinned.bytes, [tensor]).synchronize()
+        pinned.unpin()
 
 
 @pytest.fixture

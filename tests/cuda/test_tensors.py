@@ -110,8 +110,6 @@ async def test_inputs_that_are_converted_or_scaled(gpu: Gpu, dtype: str) -> None
 async def test_tensors_of_other_shapes(gpu: Gpu) -> None:
     """Transposed, with gaps, with dimensions of every size, leaves of a graph, of inference."""
     cube = torch.arange(3.0 * 40 * 700 * 30).reshape(3, 40, 700, 30)
-    with torch.inference_mode():
-        inferred = torch.arange(6.0)
     kinds: list[Callable[[Any], Any]] = [
         lambda x: x.permute(3, 1, 2, 0),
         lambda x: x[:, ::3, 1:, :7],
@@ -128,7 +126,8 @@ async def test_tensors_of_other_shapes(gpu: Gpu) -> None:
                 found.append([bits(gpu.get(x) if x.is_cuda else x) for x in bases])
             assert found[0] == found[1]
         leaf = gpu.put(torch.ones(3)).requires_grad_()
-        inner = gpu.put(inferred)
+        with torch.inference_mode():
+            inner = gpu.put(torch.arange(6.0))
         await each([comms[0].all_reduce(leaf), comms[1].all_reduce(gpu.put(torch.ones(3)))])
         await each([comms[0].all_reduce(inner), comms[1].all_reduce(gpu.put(torch.ones(6)))])
         assert gpu.get(leaf).tolist() == [2, 2, 2]
@@ -340,11 +339,20 @@ async def test_a_copy_that_fails_ends_the_call_for_all(fake: Gpu, what: str, ret
         assert (fake.get(x) == 3).all()
 
 
-async def test_a_result_that_cannot_be_stored_after_the_commit(fake: Gpu) -> None:
+@pytest.mark.parametrize("late", [False, True])
+async def test_a_result_that_cannot_be_stored_after_the_commit(fake: Gpu, late: bool) -> None:
     """The others have it."""
+
+    def fail(what: str) -> None:
+        if what == "store":
+            raise RuntimeError("CUDA error: unspecified launch failure")
+
     async with group(2) as comms:
         x, mine = fake.put(torch.ones(LARGE)), torch.ones(LARGE)
-        fake.torch.broken = "store"
+        if late:
+            fake.torch.gate = fail
+        else:
+            fake.torch.broken = "store"
         found = await outcomes([comms[0].all_reduce(x), comms[1].all_reduce(mine)])
         assert isinstance(found[0], pccl.InternalError)
         assert "is committed, but its tensors on cuda:0 could not be copied" in str(found[0])
