@@ -14,6 +14,7 @@ import numpy.typing as npt
 from pccl.collectives.flow import CallKey, Flow
 from pccl.collectives.program import Layout, Program, Unit, Use
 from pccl.collectives.quantize import Codec, Draw, block_of, is_coded, record_type
+from pccl.collectives.supply import Supply
 from pccl.collectives.transfer import Arithmetic, InStream, Transfer, TransferHost, Undo
 from pccl.core.quantization import Quantization
 
@@ -46,12 +47,28 @@ class CodedTransfer(Transfer):
         codec: Codec,
         quantization: Quantization,
         count: int,
+        supply: Supply | None = None,
     ) -> None:
         wire = record_type(quantization)
-        super().__init__(host, key, signature, prog, lay, source, target, arithmetic, flows, undo=undo, window=window, wire=wire)
+        super().__init__(
+            host, key, signature, prog, lay, source, target, arithmetic, flows, undo=undo, window=window, wire=wire, supply=supply
+        )
         self._codec = codec
         self._quantization = quantization
         self._count = count
+
+    def supplied(self, start: int, stop: int) -> None:
+        """Nothing begins before all of the source is there: layouts count records, supplies elements."""
+        if self._supply and self._supply.complete:
+            self._supply = None
+            for block in [block for block, where in enumerate(self.layout.source) if where >= 0]:
+                for s in range(self.layout.slices[block]):
+                    if not self.halted:
+                        self._changed(block, s)
+            self._check_done()
+
+    def _is_supplied(self, block: int, s: int) -> bool:
+        return False
 
     def lies_as_sent(self, use: Use) -> bool:
         """Unless it belongs into the caller's memory, and is of no more use here."""

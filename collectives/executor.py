@@ -124,6 +124,10 @@ class Executor:
                 self._host.transfer_failed(pull, e)
         return moved
 
+    def step_soon(self) -> None:
+        """See `ExecutorHost.step_soon`."""
+        self._host.step_soon()
+
     @property
     def pulls(self) -> bool:
         """Whether anything goes through shared memory now."""

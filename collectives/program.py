@@ -49,7 +49,7 @@ class Program:
         outs, ins: the units of each stream, in stream order.
         local: COPY and FOLD units.
         uses: per block, how many units touch it; after the last, scratch is free.
-        writes: per block, how many of them write it, or use it up.
+        writes: per block, how many of them write to it, or are the last to read it.
     """
 
     def __init__(self, schedule: Schedule, rank: int) -> None:

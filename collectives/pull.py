@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from pccl.collectives.flow import CallKey, Flow, Moving
 from pccl.collectives.lane import DONE, HERE, OUT, SMALL, VOID, Lane
+from pccl.collectives.supply import Supply
 from pccl.collectives.transfer import Arithmetic
 from pccl.core.frames import Header
 
@@ -123,6 +124,9 @@ class PullHost(Protocol):
     def moved(self, n: int) -> None:
         """So many payload bytes were read."""
 
+    def step_soon(self) -> None:
+        """There may be something to go on with."""
+
     def take_scratch(self, nbytes: int) -> npt.NDArray[np.uint8]:
         """Memory for one slice."""
 
@@ -138,6 +142,7 @@ class Pull:
         uids: of all members, by rank.
         source, target: flat arrays of one dtype, perhaps the same memory; None where this rank has none.
         commits: the call commits in shared memory; else it has no commit.
+        supply: which of the source is there, if it is still on its way; `supplied` tells of more.
     """
 
     def __init__(
@@ -153,6 +158,7 @@ class Pull:
         arithmetic: Arithmetic,
         *,
         commits: bool,
+        supply: Supply | None = None,
     ) -> None:
         self.key = key
         self.signature = signature
@@ -178,6 +184,7 @@ class Pull:
         assert some is not None
         self._dtype = some.dtype
         self._item = some.dtype.itemsize
+        self._supply = supply
         self._entered = False
         self._peeked = False
         """Something was read from a member's own memory."""
@@ -198,6 +205,10 @@ class Pull:
         """The input has been shown already, in this member's slot, and perhaps it was DONE."""
         self._entered = True
         self.ready = self.commits and self._lane.is_done(self._n)
+
+    def supplied(self, start: int, stop: int) -> None:
+        """These elements of the source are there now."""
+        self._host.step_soon()
 
     def halt(self) -> None:
         """Stop. Nobody uses this member's input any more, unless the others may have committed the call: then `conclude` or `withdraw`."""
@@ -262,7 +273,7 @@ class Pull:
 
     def _run(self) -> Generator[bool]:
         lane, n, errand = self._lane, self._n, self._errand
-        while not (self._entered or lane.is_free(n)):
+        while (self._supply and not self._supply.complete) or not (self._entered or lane.is_free(n)):
             yield False
         if not self._entered:
             self._enter()

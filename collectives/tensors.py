@@ -1,4 +1,4 @@
-"""What callers pass, as flat memory: numpy arrays, torch CPU tensors, writable buffers, and lists of these."""
+"""What callers pass, as flat memory: numpy arrays, torch tensors, writable buffers, and lists of these."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pccl.collectives.cuda import Gpu, Mark, gpu_of
 from pccl.core.dtypes import DTYPES, DType, dtype_of
 from pccl.core.errors import InvalidArgument
 
 Array = npt.NDArray[Any]
 
-_KINDS = "a numpy array, a torch CPU tensor, a buffer (bytearray, array.array, memoryview, mmap), or a list of these"
+_KINDS = "a numpy array, a torch CPU or CUDA tensor, a buffer (bytearray, array.array, memoryview, mmap), or a list of these"
 
 
 class Memory:
@@ -60,6 +61,16 @@ class Memory:
         """The shape of each tensor."""
         return tuple([array.shape for array in self.arrays])
 
+    def address(self, element: int = 0) -> int | None:
+        """Where an element lies; None if they do not lie one after the other."""
+        if len(self.arrays) != 1 or not self.arrays[0].flags.c_contiguous:
+            return None
+        start: int = self.arrays[0].__array_interface__["data"][0]
+        return start + element * self.dtype.itemsize
+
+    def hand_over(self) -> None:
+        """The caller's thread makes its call now."""
+
     def pack(self, into: Array) -> None:
         """Copy all elements to a flat array of `count` elements."""
         for part, array in self._pairs(into):
@@ -82,14 +93,51 @@ class Memory:
         return f"{self.dtype}[{'x'.join(map(str, self.arrays[0].shape))}]"
 
 
+class DeviceMemory(Memory):
+    """Likewise, on a GPU. The arrays only say where the elements lie: nobody may look at them. There is no `flat`."""
+
+    __slots__ = ("gpu", "mark", "tensors")
+
+    gpu: Gpu
+    tensors: tuple[Any, ...]
+    """Of torch"""
+    mark: Mark
+    """What the caller's stream had been given when the call was made: it comes first."""
+
+    def __init__(self, given: Any, dtype: DType, arrays: tuple[Array, ...], tensors: tuple[Any, ...]) -> None:
+        super().__init__(given, dtype, arrays)
+        self.flat = None
+        self.tensors = tensors
+        self.gpu = gpu_of(tensors[0].device)
+
+    def hand_over(self) -> None:
+        """Note where the thread's current stream is."""
+        self.mark = self.gpu.mark()
+
+    def lend(self, other: DeviceMemory) -> None:
+        """This is a new tensor, and goes to the caller that has handed over the other one."""
+        self.mark = other.mark
+        self.gpu.lend(self.given, self.mark)
+
+    def pack(self, into: Array) -> None:
+        """Copy all elements to a flat array, after what the caller's stream was given before; returns when that is done."""
+        self.mark.event.synchronize()
+        self.gpu.fetch(self.tensors, into.view(np.uint8)).synchronize()
+
+    def unpack(self, source: Array) -> None:
+        """Copy a flat array to the tensors, after what the caller's stream was given before; returns when that is done."""
+        self.mark.event.synchronize()
+        self.gpu.store(source.view(np.uint8), self.tensors).synchronize()
+
+
 def memory_of(x: Any, name: str = "tensor", *, write: bool = False) -> Memory:
     """The memory of what a caller passed.
 
     Autograd is not told of what is written to a torch tensor.
 
     Args:
-        x: a numpy array, torch CPU tensor, object with the buffer protocol, or a list or tuple of them with one dtype. Arrays and
-            tensors may have any strides.
+        x: a numpy array, torch tensor on the CPU or on a CUDA device, object with the buffer protocol, or a list or tuple of them with
+            one dtype and on one device. Arrays and tensors may have any strides.
         name: the argument, for errors.
         write: whether it will be written to.
 
@@ -101,20 +149,30 @@ def memory_of(x: Any, name: str = "tensor", *, write: bool = False) -> Memory:
         if not x:
             raise InvalidArgument(f"{name}: an empty list; at least one tensor is needed")
         seen = [_array_of(item, f"{name}[{i}]", write) for i, item in enumerate(x)]
-        dtype, arrays = seen[0][0], tuple([array for _, array in seen])
-        for i, (other, _) in enumerate(seen):
+        dtype, device, arrays = seen[0][0], seen[0][2], tuple([array for _, array, _ in seen])
+        for i, (other, _, there) in enumerate(seen):
             if other is not dtype:
                 raise InvalidArgument(f"{name}: the tensors of a list must have one dtype; {name}[0] is {dtype}, {name}[{i}] is {other}")
+            if there != device:
+                both = f"{name}[0] is on {device or 'cpu'}, {name}[{i}] on {there or 'cpu'}"
+                raise InvalidArgument(f"{name}: the tensors of a list must be on one device; {both}")
         if write and len(arrays) > 1 and _any_shared([(array, i) for i, array in enumerate(arrays)]):
             raise InvalidArgument(f"{name}: tensors of the list share memory; each needs its own to be written to")
-        return Memory(x, dtype, arrays)
-    dtype, array = _array_of(x, name, write)
-    return Memory(x, dtype, (array,))
+        return Memory(x, dtype, arrays) if device is None else _on_device(x, dtype, arrays, tuple(x), name)
+    dtype, array, device = _array_of(x, name, write)
+    return Memory(x, dtype, (array,)) if device is None else _on_device(x, dtype, (array,), (x,), name)
+
+
+def _on_device(x: Any, dtype: DType, arrays: tuple[Array, ...], tensors: tuple[Any, ...], name: str) -> Memory:
+    try:
+        return DeviceMemory(x, dtype, arrays, tensors)
+    except InvalidArgument as e:
+        raise InvalidArgument(f"{name}: {e}") from None
 
 
 def allocate_like(x: Any, shape: int | Sequence[int], *, dtype: DType | None = None) -> Any:
-    """A new tensor, uninitialised, of this shape and of x's dtype: a torch CPU tensor if x (of a list the first) is one, else a numpy
-    array.
+    """A new tensor, uninitialised, of this shape and of x's dtype: a torch tensor on the same device if x (of a list the first) is one,
+    else a numpy array. One on a GPU is for `Gpu.store`; it has to be lent to the stream of whoever gets it.
 
     Args:
         x: what `memory_of` accepts.
@@ -125,7 +183,8 @@ def allocate_like(x: Any, shape: int | Sequence[int], *, dtype: DType | None = N
         return allocate_like(x[0], shape, dtype=dtype)
     if _is_torch(x):
         torch = sys.modules["torch"]
-        return torch.empty(shape, dtype=getattr(torch, dtype.name) if dtype else x.dtype, device="cpu")
+        kind = getattr(torch, dtype.name) if dtype else x.dtype
+        return torch.empty(shape, dtype=kind, device="cpu") if x.is_cpu else gpu_of(x.device).empty(shape, kind)
     if dtype:
         return np.empty(shape, dtype.numpy)
     return np.empty(shape, x.dtype if isinstance(x, np.ndarray) else memory_of(x).dtype.numpy)
@@ -134,8 +193,8 @@ def allocate_like(x: Any, shape: int | Sequence[int], *, dtype: DType | None = N
 # --- one tensor -----------------------------------------------------------------------------------------------------
 
 
-def _array_of(x: Any, name: str, write: bool) -> tuple[DType, Array]:
-    """An array over the elements of one tensor, and their type."""
+def _array_of(x: Any, name: str, write: bool) -> tuple[DType, Array, Any]:
+    """An array over the elements of one tensor, and their type, and their device if that is a GPU."""
     if type(x) is np.ndarray:
         array = x
     elif _is_torch(x):
@@ -153,7 +212,7 @@ def _array_of(x: Any, name: str, write: bool) -> tuple[DType, Array]:
             raise InvalidArgument(f"{name}: a read-only {type(x).__name__} is given, and it would be written to; give a copy, or an out=")
         if not flags.c_contiguous:
             _check_strides(array, name)
-    return dtype, array
+    return dtype, array, None
 
 
 def _buffer_array(x: Any, name: str) -> Array:
@@ -202,7 +261,7 @@ def _is_torch(x: Any) -> bool:
     return torch is not None and isinstance(x, getattr(torch, "Tensor", ()))
 
 
-def _torch_array(x: Any, name: str, write: bool) -> tuple[DType, Array]:
+def _torch_array(x: Any, name: str, write: bool) -> tuple[DType, Array, Any]:
     torch = sys.modules["torch"]
     if not _torch_dtypes:
         for record in DTYPES.values():
@@ -211,7 +270,8 @@ def _torch_array(x: Any, name: str, write: bool) -> tuple[DType, Array]:
                 _torch_dtypes[getattr(torch, record.name)] = record, np.dtype(bits).str
     known = _torch_dtypes.get(x.dtype)
     plain = type(x).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
-    if known is None or not plain or not x.is_cpu or x.layout is not torch.strided or x.is_nested or x.is_neg() or x.is_conj():
+    here = x.is_cpu or x.is_cuda
+    if known is None or not plain or not here or x.layout is not torch.strided or x.is_nested or x.is_neg() or x.is_conj():
         raise InvalidArgument(f"{name}: {_torch_fault(x, name, torch)}")
     dtype, bits = known
     shape, strides = tuple(x.shape), None
@@ -229,7 +289,7 @@ def _torch_array(x: Any, name: str, write: bool) -> tuple[DType, Array]:
         array = array.view(dtype.numpy)
     if write and not array.flags.c_contiguous:
         _check_strides(array, name)
-    return dtype, array
+    return dtype, array, None if x.is_cpu else x.device
 
 
 def _torch_fault(x: Any, name: str, torch: Any) -> str:
@@ -239,8 +299,8 @@ def _torch_fault(x: Any, name: str, torch: Any) -> str:
         return f"a {type(x).__name__} has no memory of its own that could be sent{hint}"
     if x.device.type == "meta":
         return "a meta tensor has no memory"
-    if not x.is_cpu:
-        return f"a tensor on {x.device} is given, only CPU tensors are supported; give {name}.cpu(), and copy the result back"
+    if not (x.is_cpu or x.is_cuda):
+        return f"a tensor on {x.device} is given, only CPU and CUDA tensors are supported; give {name}.cpu(), and copy the result back"
     if x.is_quantized:
         return f"a quantized tensor ({x.dtype}) is given; give {name}.dequantize()"
     if x.layout is not torch.strided or x.is_nested:

@@ -6,7 +6,7 @@ A transfer knows no task, no clock and no lock: it reacts to slices that arrive 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from pccl.collectives.flow import UNCREDITED_PER_CALL, CallKey, Flow, Moving
 from pccl.collectives.program import Layout, Program, Unit, Use
+from pccl.collectives.supply import Supply
 from pccl.core.frames import Header, Kind
 from pccl.core.step import Action
 from pccl.transports.base import OutFrame
@@ -194,6 +195,8 @@ class Transfer:
         flows: rank -> the flow to that peer.
         window: bytes of scratch and early slices that all peers together may occupy.
         wire: the dtype of what travels and lies in scratch, and in whose items the layout counts; the caller's where it is None.
+        supply: which of the source is there, if it is still on its way; `supplied` tells of more.
+        final: hears of elements of the target that will not change any more; perhaps not of all.
     """
 
     def __init__(
@@ -211,6 +214,8 @@ class Transfer:
         undo: Undo | None,
         window: int,
         wire: np.dtype[Any] | None = None,
+        supply: Supply | None = None,
+        final: Callable[[int, int], None] | None = None,
     ) -> None:
         self.host = host
         self.key = key
@@ -230,6 +235,8 @@ class Transfer:
         self._target_bytes = target.view(np.uint8).data if target is not None else memoryview(b"")
         self._arithmetic = arithmetic
         self._undo = undo
+        self._supply = supply
+        self._final = final
         self._left = lay.actions
         self._writes = [[0] * n for n in lay.slices]
         self._reads = [[0] * n for n in lay.slices]
@@ -290,6 +297,19 @@ class Transfer:
         """It is over. It and its streams know each other: without this, its buffers would wait for the garbage collector."""
         self._ins.clear()
         self._outs.clear()
+        self._final = None
+
+    def supplied(self, start: int, stop: int) -> None:
+        """These elements of the source are there now."""
+        if self._supply and self._supply.complete:
+            self._supply = None
+        size = self.layout.slice_size
+        for block, where in enumerate(self.layout.source):
+            low, high = max(start - where, 0), min(stop - where, self.layout.sizes[block])
+            if where >= 0 and low < high and not self.halted:
+                for s in range(low // size, -(-high // size)):
+                    self._changed(block, s)
+        self._check_done()
 
     # --- what flows ask ---------------------------------------------------------------------------------------------
 
@@ -353,6 +373,8 @@ class Transfer:
 
     def is_due(self, use: Use, s: int) -> bool:
         """Whether everything that a unit has to wait for has happened to the slice, and it has not run yet."""
+        if use.first and self._supply and not self._is_supplied(use.block, s):
+            return False
         writes = self._writes[use.block][s]
         if use.reads < 0:
             return writes >= use.writes
@@ -361,6 +383,13 @@ class Transfer:
     def lies_as_sent(self, use: Use) -> bool:
         """Whether what a unit receives can go straight to where it belongs."""
         return True
+
+    def _is_supplied(self, block: int, s: int) -> bool:
+        """Whether a slice of the source, if it is of that, is there."""
+        assert self._supply
+        where, start = self.layout.source[block], s * self.layout.slice_size
+        stop = min(start + self.layout.slice_size, self.layout.sizes[block])
+        return where < 0 or self._supply.has(where + start, where + stop)
 
     def readable_bytes(self, use: Use, s: int) -> memoryview:
         """The slice's present content."""
@@ -470,6 +499,9 @@ class Transfer:
         block = use.block
         self._writes[block][s] += 1
         self._left -= 1
+        if self._final and self._writes[block][s] == self.program.writes[block] and self.layout.target[block] >= 0:
+            start = self.layout.target[block] + s * self.layout.slice_size
+            self._final(start, start + self.slice_bytes(block, s) // self._item)
         if stream:
             known = self._scratch.get((block, s))
             if known and known[1] is None and use.first and self.layout.target[block] < 0:

@@ -19,7 +19,7 @@ from pccl.collectives.planner import WINDOW
 from pccl.collectives.pull import LOCAL, Pull
 from pccl.collectives.quantize import block_of, record_type
 from pccl.collectives.reduction import Kernels
-from pccl.collectives.tensors import Memory, allocate_like, memory_of
+from pccl.collectives.tensors import DeviceMemory, Memory, allocate_like, memory_of
 from pccl.collectives.transfer import Transfer, Undo
 from pccl.collectives.volley import Volley
 from pccl.core.dtypes import ReduceOp, dtype_named
@@ -29,6 +29,7 @@ from pccl.core.types import Info, Pair, RoundInfo, Tag, View
 from pccl.operations import Operation, signature
 from pccl.protocol.record import Outcome, Record, State
 from pccl.route import Ask, Route, misfit
+from pccl.staging import Pinned, Side, Staging
 
 if TYPE_CHECKING:
     from pccl.engine import Engine
@@ -128,6 +129,7 @@ class Part:
             itemsize, block = record_type(quantization).itemsize, block_of(quantization)
         self.ask = Ask(collective, algorithm, given, got, itemsize, block, root, pair)
         self.nbytes = some.count * some.dtype.itemsize
+        self.on_gpu = isinstance(x, DeviceMemory) or isinstance(out, DeviceMemory)
         self._in_place = in_place
         self._inside = inside
         """The smaller of input and output lies within the other one."""
@@ -140,8 +142,16 @@ class Part:
         self._staged_out = False
         self._undo: Undo | None = None
         self._spares: list[npt.NDArray[np.uint8]] = []
+        self._staging: Staging | None = None
+        self._pinned: list[Pinned] = []
         self._transfer: Transfer | Volley | Pull | None = None
         self._used = ""
+
+    def hand_over(self) -> None:
+        """The caller's thread makes the call now: what it has its GPUs do before comes first."""
+        for memory in {self._x, self._out}:
+            if memory is not None:
+                memory.hand_over()
 
     # --- attempts ---------------------------------------------------------------------------------------------------
 
@@ -155,12 +165,15 @@ class Part:
         self._stage(engine, route, atomic)
         self._used = route.algorithm
         arithmetic = self.arithmetic(engine.kernels, route.world, everywhere=route.everywhere)
-        source, target, flows = self._source, self._target, route.flows
+        source, target, flows, staging = self._source, self._target, route.flows, self._staging
+        supply = staging.supply if staging else None
         if route.errand:
             assert lane
-            self._transfer = Pull(engine.executor, key, call, lane, route.uids, route.errand, source, target, arithmetic, commits=atomic)
+            self._transfer = Pull(
+                engine.executor, key, call, lane, route.uids, route.errand, source, target, arithmetic, commits=atomic, supply=supply
+            )
             return self._transfer
-        if route.short and source is not None and target is not None:
+        if route.short and staging is None and source is not None and target is not None:
             self._transfer = Volley(
                 engine.executor, key, self.signature, source, target, arithmetic, flows, rank=route.rank, hub=route.hub, undo=self._undo
             )
@@ -168,17 +181,42 @@ class Part:
         assert route.program
         assert route.layout
         what = engine.executor, key, self.signature, route.program, route.layout, source, target, arithmetic, flows
+        final = staging.final if staging else None
         if self._quantization:
             self._transfer = CodedTransfer(
-                *what, undo=self._undo, window=WINDOW, codec=engine.codec, quantization=self._quantization, count=route.segment
+                *what,
+                undo=self._undo,
+                window=WINDOW,
+                supply=supply,
+                codec=engine.codec,
+                quantization=self._quantization,
+                count=route.segment,
             )
         else:
-            self._transfer = Transfer(*what, undo=self._undo, window=WINDOW)
+            self._transfer = Transfer(*what, undo=self._undo, window=WINDOW, supply=supply, final=final)
         return self._transfer
 
     def arithmetic(self, kernels: Kernels, world: int, *, everywhere: bool = False) -> Reduction:
         """Its reduction."""
         return Reduction(kernels, self._op, world, everywhere=everywhere)
+
+    def copy(self, op: Operation) -> None:
+        """The transfer has been started: copy to and from GPUs while it runs."""
+
+        def done() -> None:
+            self.done = True
+            op.engine.moved(op)
+
+        if self._staging:
+            assert isinstance(self._transfer, (Transfer, Pull))
+            self._staging.start(op, self._transfer, done)
+
+    def moved(self) -> None:
+        """The transfer is complete."""
+        if self._staging:
+            self._staging.moved()
+        else:
+            self.done = True
 
     def _stage(self, engine: Engine, route: Route, atomic: bool) -> None:
         """Say where the attempt reads from and writes to: the caller's memory where that is possible, copies where it is not."""
@@ -189,21 +227,30 @@ class Part:
             shape = self._like_shape(route.world)
             self._made = allocate_like(self._like, shape)
             out = memory_of(self._made, "out", write=True)
+            if isinstance(out, DeviceMemory) and isinstance(self._x, DeviceMemory):
+                out.lend(self._x)
         convert = self._work is not self.dtype
         scale = self._op.name == "premul_sum"
         same = self._in_place and gives and gets
         copy_in = x is not None and (x.flat is None or convert or scale or (self._inside and route.given_segments == 1))
         copy_out = out is not None and (out.flat is None or convert or (self._inside and route.given_segments > 1))
         self._source = self._target = None
+        given: Side | None = None
         if x is not None:
-            if copy_in:
+            if isinstance(x, DeviceMemory):
+                given = self._given_side(engine, x)
+            elif copy_in:
                 self._source = self._take(engine, x.count)
                 self._fill(engine, x, self._source)
             else:
                 self._source = x.flat
         if out is not None:
             count = x.count // route.given_segments * route.got_segments if x is not None else out.count
-            if same and copy_in:
+            if isinstance(out, DeviceMemory):
+                kept = same and self.collective == "broadcast"  # whose root keeps what it gives
+                got = self._got_side(engine, out, count, given if same else None)
+                self._staging = Staging(engine, given, None if kept else got, early=not (atomic and (same or self._inside)))
+            elif same and copy_in:
                 self._target = self._source
                 self._staged_out = True
             elif copy_out:
@@ -212,6 +259,8 @@ class Part:
             else:
                 assert out.flat is not None
                 self._target = out.flat[:count]
+        if given and not self._staging:
+            self._staging = Staging(engine, given, None, early=False)
         self._out_now = out
         kept = self.collective == "broadcast" and not self._quantization  # its root keeps what it gives
         if same and not route.errand and atomic and not copy_in and not kept:
@@ -234,6 +283,45 @@ class Part:
         spare = engine.spare(count * self._work.itemsize)
         self._spares.append(spare)
         return spare[: count * self._work.itemsize].view(self._work.numpy)
+
+    def _given_side(self, engine: Engine, x: DeviceMemory) -> Side:
+        """Have the attempt read memory that an input is copied to."""
+        pinned, raw = self._pin(engine, x)
+        source = self._source = raw if self._work is self.dtype else self._take(engine, x.count)
+
+        def adapt(start: int, stop: int) -> None:
+            part = source[start:stop]
+            if source is not raw:
+                engine.kernels.convert(part, raw[start:stop])
+            engine.kernels.prepare(self._op, part, part)
+
+        return Side(x, pinned, x.count, adapt)
+
+    def _got_side(self, engine: Engine, out: DeviceMemory, count: int, given: Side | None) -> Side:
+        """Have the attempt write to memory that an output is copied from.
+
+        Args:
+            given: the input, if it is the same tensors.
+        """
+        if given:
+            pinned, raw = given.pinned, given.pinned.bytes[: out.nbytes].view(self.dtype.numpy)
+            target = self._source
+        else:
+            pinned, raw = self._pin(engine, out)
+            target = raw[:count] if self._work is self.dtype else self._take(engine, count)
+        self._target = target
+
+        def adapt(start: int, stop: int) -> None:
+            if self._work is not self.dtype:
+                assert target is not None
+                engine.kernels.convert(raw[start:stop], target[start:stop])
+
+        return Side(out, pinned, count, adapt)
+
+    def _pin(self, engine: Engine, memory: Memory) -> tuple[Pinned, Array]:
+        pinned = engine.pinned.take(memory.nbytes)
+        self._pinned.append(pinned)
+        return pinned, pinned.bytes[: memory.nbytes].view(self.dtype.numpy)
 
     def _fill(self, engine: Engine, x: Memory, into: Array) -> None:
         """Copy the input, converted and scaled as the call wants it."""
@@ -272,6 +360,8 @@ class Part:
         if isinstance(self._transfer, Pull):
             self._transfer.conclude()
         out = self._out_now
+        if self._staging:
+            self._staging.commit()
         if self._staged_out and out is not None and self._target is not None:
             result = self._target
             if self._work is not self.dtype:
@@ -299,12 +389,17 @@ class Part:
 
     def release(self, engine: Engine) -> None:
         """Hold no memory beyond the caller's."""
+        if self._staging:
+            self._staging.stop()
+        for pinned in self._pinned:
+            engine.pinned.give(pinned)
+        self._pinned.clear()
         for spare in self._spares:
             engine.give_spare(spare)
         self._spares.clear()
         if self._transfer:
             self._transfer.forget()
-        self._undo = self._transfer = None
+        self._undo = self._transfer = self._staging = None
         self._staged_out = False
         self._source = self._target = None
 
@@ -363,14 +458,22 @@ class _Parts(Operation):
         lane = engine.lanes.get(self.comm)
         if lane or not local:  # without one, a link is missing: a new epoch is on its way
             engine.run(self, part.begin(engine, route, key, atomic=self.atomic, lane=lane, call=self.signature))
+            part.copy(self)
 
     def transfer_done(self, transfer: Moving) -> None:
-        """A part has its result."""
-        self.parts[transfer.key.sub].done = True
+        """A part is moved."""
+        self.parts[transfer.key.sub].moved()
+
+    def complete(self) -> None:
+        """What is not there is found out when the result is handed over."""
+        for part in self.parts:
+            part.done = True
 
     def forget(self) -> None:
         """It is over, and knows no tensors any more."""
         super().forget()
+        for part in self.parts:
+            part.release(self.engine)
         self.parts = []
 
     def restore(self) -> None:
@@ -390,7 +493,7 @@ class Collective(_Parts):
         sign = call_signature(part, atomic, retry)
         super().__init__(comm, part.description, signature=sign, timeout=timeout, tag=tag, pair=pair, atomic=atomic, retry=retry)
         self.parts = [part]
-        self.small = part.nbytes <= SMALL
+        self.small = part.nbytes <= SMALL and not part.on_gpu
         self.local = tag is None and is_local(part)
 
     @property
@@ -410,6 +513,10 @@ class Collective(_Parts):
         """See `Op.waiting`."""
         pull = self.parts[0].pull if self.parts else None
         return pull is not None and pull.waiting
+
+    def hand_over(self) -> None:
+        """The one part."""
+        self.parts[0].hand_over()
 
     def is_complete(self) -> bool:
         """The one part."""

@@ -152,6 +152,7 @@ class Communicator(Handle[Coroutine[Any, Any, Info]]):
     async def _run(self, op: Operation) -> Any:
         """Make a call and wait for its end."""
         self._check_open()
+        op.hand_over()
         future = asyncio.get_running_loop().create_future()
         op.on_settled = self._runtime.deliver(future)
         self._runtime.post(self._runtime.engine.submit, op)
@@ -222,6 +223,7 @@ class AsyncRound(Collectives["Pending"]):
         odd = [name for name in how if name != "algorithm"]
         if odd:
             raise InvalidArgument(f"{', '.join(odd)}: a call in a round takes what the round says; give it to round() instead")
+        part.hand_over()
         self._owner._runtime.post(self._operation.add, part)
         return Pending(part)
 

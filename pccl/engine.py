@@ -36,6 +36,7 @@ from pccl.protocol.peer import ROOT, Peer, Standpoint
 from pccl.protocol.record import Outcome, Record
 from pccl.repeat import Repeat
 from pccl.route import Routes
+from pccl.staging import Pool
 from pccl.transports.base import ControlClient, Link, LinkHandler, LinkTicket, Refusal, Transport
 from pccl.transports.region import OtherShared, OwnShared
 
@@ -92,6 +93,7 @@ class Engine:
         self._address = address
         self._clock = clock
         self._loop = asyncio.get_running_loop()
+        self.pinned = Pool(self._loop)
         self._peer: Peer | None = None
         self._admitted: asyncio.Future[View] = self._loop.create_future()
         self._leaving: asyncio.Future[None] | None = None
@@ -183,6 +185,7 @@ class Engine:
             self.executor.drop_flow(uid)
         await self._transport.close()
         self._spare = None
+        self.pinned.drop()
         self.lanes, self._past_lanes, self._commons = {}, {}, None
         self._leave_neighbours()
         region, self._region = self._region, None
@@ -370,6 +373,19 @@ class Engine:
     def in_thread(self, work: Callable[[], None]) -> asyncio.Future[None]:
         """Run something that takes long besides the loop."""
         return self._loop.run_in_executor(None, work)
+
+    def from_thread(self, callback: Callable[..., None], *args: Any) -> None:
+        """Have the loop call this; for `in_thread`."""
+        self._loop.call_soon_threadsafe(callback, *args)
+
+    def failed(self, op: Operation, error: Exception) -> None:
+        """A step of a call that was taken elsewhere has failed, and so has the call."""
+        if op.decided:  # only here: its result comes to an error
+            op.complete()
+            self._check_complete(op)
+            return
+        op.reason = self._reason(op, error)
+        self.fail(op, str(op.reason))
 
     def _end(self, op: Operation, reason: int, detail: str) -> None:
         if op in self._in_flight and self.error is None and self._peer and op.comm in self._peer.comms:
@@ -580,8 +596,7 @@ class Engine:
         try:
             step()
         except Exception as e:
-            op.reason = self._reason(op, e)  # a PcclError: the call does not fit this membership
-            self.fail(op, str(op.reason))
+            self.failed(op, e)  # a PcclError: the call does not fit this membership
             return False
         return True
 
@@ -750,8 +765,7 @@ class Engine:
             self._express.become_operation()
         op = self._running.get(transfer)
         if op:
-            op.reason = self._reason(op, error)
-            self.fail(op, str(op.reason))
+            self.failed(op, error)
 
     def flow_broken(self, uid: int, error: Exception, *, lacking: bool) -> None:
         """The link to a peer is gone; data of it may have yet to come in a call that is under way."""

@@ -130,4 +130,4 @@ class Express:
 
 def suits(part: Part, how: Mapping[str, object]) -> bool:
     """Whether a call may be of this kind."""
-    return part.pair is None and KEYWORDS.issuperset(how)
+    return part.pair is None and not part.on_gpu and KEYWORDS.issuperset(how)

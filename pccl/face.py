@@ -49,8 +49,9 @@ KEYWORDS = frozenset(How.__annotations__)
 class Collectives(ABC, Generic[R]):
     """The collectives. In each, all members of the communicator make the same call.
 
-    Tensors are numpy arrays, torch CPU tensors, objects with a writable buffer, or lists of such things of one dtype, which travel as
-    one. All raise
+    Tensors are numpy arrays, torch tensors on the CPU or on a CUDA device, objects with a writable buffer, or lists of such things of one
+    dtype and on one device, which travel as one. For a CUDA tensor a call comes after all that the current stream was given before;
+    when it has ended, the result is there for all streams. All raise
 
     Raises:
         InvalidArgument: before anything has happened.
@@ -374,8 +375,7 @@ class Collectives(ABC, Generic[R]):
         """Whether one buffer is this member's own part of the other; otherwise they must not overlap."""
         if overlap(whole, part) is Overlap.NONE:
             return False
-        own = self._view().rank * part.count
-        if whole.flat is None or part.flat is None or whole.flat[own:].ctypes.data != part.flat.ctypes.data:
+        if part.address() is None or whole.address(self._view().rank * part.count) != part.address():
             raise InvalidArgument("out: it overlaps x, but the smaller one is not this member's own part of the larger one")
         return True
 

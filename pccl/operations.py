@@ -97,6 +97,9 @@ class Operation:
         self.deadline = None
         del self.on_settled
 
+    def hand_over(self) -> None:
+        """The caller's thread makes the call now."""
+
     def payload(self) -> bytes:
         """What this member gives to the call."""
         return b""
@@ -107,6 +110,9 @@ class Operation:
 
     def begin(self, view: View, record: Record) -> None:
         """Start an attempt."""
+
+    def complete(self) -> None:
+        """Nothing more comes of what is under way, and the call is committed."""
 
     def is_complete(self) -> bool:
         """Whether this member has its result."""

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from pccl.collectives.exchange import Exchange, Want
 from pccl.collectives.flow import CallKey, Flow
-from pccl.collectives.tensors import allocate_like, memory_of
+from pccl.collectives.tensors import DeviceMemory, allocate_like, memory_of
 from pccl.core import codec
 from pccl.core.codec import WireError
 from pccl.core.dtypes import dtype_named
@@ -83,6 +83,8 @@ class Sync(Operation):
         self._new: dict[str, Any] = {}
         """Tensors that this member lacked, as they will be returned"""
         self._new_bytes: dict[int, npt.NDArray[np.uint8]] = {}
+        """Their content, or what will be copied there"""
+        self._new_on_gpu: dict[int, DeviceMemory] = {}
         self._landing: dict[Want, npt.NDArray[np.uint8]] = {}
         self._todo: deque[Want] = deque()
         self._missing: set[Want] = set()
@@ -96,6 +98,11 @@ class Sync(Operation):
         self._moved = [0, 0]
         self._complete = False
         self._hashing: asyncio.Future[None] | None = None
+
+    def hand_over(self) -> None:
+        """All tensors."""
+        for tensor in self.snapshot.tensors.values():
+            tensor.hand_over()
 
     # --- before the master knows ------------------------------------------------------------------------------------
 
@@ -156,6 +163,7 @@ class Sync(Operation):
             self._fetched.clear()
             self._new.clear()
             self._new_bytes.clear()
+            self._new_on_gpu.clear()
         if self._exchange:
             self._exchange.refresh()  # others may have asked already
         if answer.digest == self._own and not self._lacks_differing():
@@ -239,12 +247,17 @@ class Sync(Operation):
         """Memory for a tensor that this member lacks; kept from attempt to attempt."""
         if item.name in self._new:
             return
-        like = next((self.snapshot.given[name] for name in self.snapshot.tensors), np.empty(0))
-        made = allocate_like(like, item.shape, dtype=dtype_named(item.dtype))
+        like = next(iter(self.snapshot.tensors.values()), None)
+        made = allocate_like(np.empty(0) if like is None else like.given, item.shape, dtype=dtype_named(item.dtype))
         self._new[item.name] = made
-        flat = memory_of(made, item.name, write=True).flat
-        assert flat is not None
-        self._new_bytes[i] = flat.view(np.uint8)
+        memory = memory_of(made, item.name, write=True)
+        if isinstance(memory, DeviceMemory) and isinstance(like, DeviceMemory):
+            memory.lend(like)
+            self._new_on_gpu[i] = memory
+            self._new_bytes[i] = np.empty(item.nbytes, np.uint8)
+        else:
+            assert memory.flat is not None
+            self._new_bytes[i] = memory.flat.view(np.uint8)
 
     def _ask_more(self) -> None:
         """Keep every holder busy, up to the window."""
@@ -403,6 +416,8 @@ class Sync(Operation):
                     touched.add(item.name)
             for name in touched:
                 self.snapshot.finish(name)
+            for i, memory in self._new_on_gpu.items():
+                memory.unpack(self._new_bytes[i].view(memory.dtype.numpy))
             state.update({item.name: item.content for item in self._manifest.items if not item.dtype})
             state.update(self._new)
         membership = self.engine.membership(self.comm)

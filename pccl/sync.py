@@ -259,6 +259,7 @@ class Communicator(Handle[Any]):
 
     def _start(self, op: Operation) -> Work:
         self._check_open()
+        op.hand_over()
         work = Work(self, op)
         self._submit(work, self._runtime.post, self._runtime.engine.submit, op)
         return work
@@ -266,6 +267,7 @@ class Communicator(Handle[Any]):
     def _run(self, op: Operation) -> Any:
         self._check_open()
         assert isinstance(self._runtime, ThreadRuntime)
+        op.hand_over()
         work = Work(self, op)
         self._submit(work, self._runtime.submit, op)
         return work.wait()
@@ -307,6 +309,7 @@ class SyncRound(Collectives[Pending]):
         odd = [name for name in how if name != "algorithm"]
         if odd:
             raise InvalidArgument(f"{', '.join(odd)}: a call in a round takes what the round says; give it to round() instead")
+        part.hand_over()
         self._owner._runtime.post(self._operation.add, part)
         return Pending(part)
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import pccl
-from pccl import runtime as module
+from pccl import signals as module
 from pccl import sync
 from pccl.signals import SIGNALS, SignalsHeld
 from tests.checks.support import QUICK, group, in_threads, master_thread, until, wait_until
