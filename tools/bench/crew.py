@@ -178,15 +178,17 @@ async def launched(launcher: Sequence[str], count: int) -> AsyncIterator[Team]:
         try:
             async with _tasks() as tasks:
                 made = Team(tasks)
-                child = await Child.start("bench.worker", path, launcher=launcher)
+                child = await Child.start("bench.worker", path, launcher=["sh", "-c", 'exec "$0" "$@" >&2', *launcher])
                 made.attend(child, "the launcher of the workers", lambda message: None)
                 for _ in range(count):
                     reader, writer = await connections.get()
                     worker = Worker(functools.partial(_write, writer))
                     tasks.create_task(_listen(worker, reader, writer))
                     made.workers = [*made.workers, worker]
-                yield made
-                await made.end()
+                try:
+                    yield made
+                finally:
+                    await made.end()  # also after an error: who is killed leaves files in /dev/shm
         finally:
             server.close()
 
