@@ -29,6 +29,8 @@ from tests.tools.test_cli import run
 
 pytestmark = pytest.mark.process
 
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
+
 MPI = Path(os.environ.get("PCCL_TEST_MPI", sys.prefix))
 """The environment in which the MPIs are; tests of those that are not there are skipped."""
 
@@ -153,6 +155,7 @@ def installed(system: str) -> Installed:
     return found
 
 
+@LINUX
 @pytest.mark.parametrize("system", MPIS)
 async def test_ranks_end_when_the_benchmark_is_cancelled(system: str) -> None:
     found = installed(system)
@@ -170,6 +173,7 @@ async def test_ranks_end_when_the_benchmark_is_cancelled(system: str) -> None:
     assert_all_end(processes, 1 + 3)  # the launcher, too
 
 
+@LINUX
 async def test_launched_workers_end_when_one_fails() -> None:
     processes: list[int] = []
     launcher = ["bash", "-c", 'for rank in 0 1 2; do "$0" "$@" & done; wait -n']
@@ -245,7 +249,7 @@ def test_newcomers(tmp_path: Path) -> None:
     assert all(ordered(row) for row in rows)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+@LINUX
 def test_memory(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, "memory", "--size", "8M", "--peers", "2")
     assert [row["case"] for row in rows] == ["in place", "out of place", "round"]

@@ -73,7 +73,7 @@ bench_app = typer.Typer(cls=_Group)
 
 @bench_app.callback()
 def _about() -> None:
-    """Measure, on this machine, over TCP on loopback; without a name: all-reduce.
+    """Measure, on this machine; without a name: all-reduce.
 
     Figures of a busy machine are worth little, those of two runs are hard to compare: compare within one.
     """
@@ -129,7 +129,7 @@ def _collective(collective: str) -> None:
     """Define the benchmark of a collective."""
     name = collective.replace("_", "-")
 
-    @bench_app.command(name, help=f"Time {name}, by turns with that of other libraries.")
+    @bench_app.command(name, help=f"Time {name}, by turns with that of other libraries, each in processes of its own.")
     def command(
         ctx: typer.Context,
         minbytes: MinBytes = "4",
@@ -165,7 +165,8 @@ def _collective(collective: str) -> None:
         if transport:
             one_of(transport, ("auto", "tcp"), "--transport")
         if quantize:
-            one_of(quantize, tuple(STEPS) if collective == "all_reduce" else (), f"--quantize of {name}")
+            one_of(quantize, tuple(STEPS), "--quantize")
+            one_of(collective, ("all_reduce",), "the collective of --quantize")
         if plot and importlib.util.find_spec("matplotlib") is None:
             raise typer.BadParameter("matplotlib is not installed (pip install 'aiopccl[plot]')", param_hint="--plot")
         cases = [Case(collective, size, datatype, op, root) for size in sizes(minbytes, maxbytes, stepfactor, stepbytes)]
@@ -184,7 +185,7 @@ def _collective(collective: str) -> None:
         found = {each: other(each, mpi, collective, datatype) for each in vs}
         rivals = {label: start for label, start in found.items() if not isinstance(start, str)}
         sides += [Side(label, label, {}) for label in rivals]
-        notes = [*CALL_NOTES, *(f"x {', x '.join(rivals)}: {RATIO_NOTE}" for _ in [0] if rivals)]
+        notes = [*CALL_NOTES, *(f"x {label}: {RATIO_NOTE}" for label in rivals)]
         notes += [reason for reason in found.values() if isinstance(reason, str)]
         report = Report(name, ctx.params, [*CALL_COLUMNS, *(_ratio(label, f"x {label}") for label in rivals)], notes)
         pace = Pace(seconds, iters, warmup_iters, check)

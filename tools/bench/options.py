@@ -86,7 +86,7 @@ StepBytes = Annotated[Any, typer.Option("-i", "--stepbytes", parser=parse_size, 
 Iters = Annotated[int | None, typer.Option("-n", "--iters", min=1, help="Calls in a turn. Default: as many as fit into 50 ms.")]
 Warmup = Annotated[int, typer.Option("-w", "--warmup_iters", min=0, help="Calls before those that count.")]
 Check = Annotated[int, typer.Option("-c", "--check", min=0, help="Calls whose results are checked.")]
-Seconds = Annotated[float, typer.Option(min=0, metavar="S", help="How long turns are taken for a number of peers and a size; 5 at least.")]
+Seconds = Annotated[float, typer.Option(min=0, metavar="S", help="How long to take turns, at least 5, for a number of peers and a size.")]
 Dtype = Annotated[str, typer.Option("-d", "--datatype", help=f"One of {', '.join(DTYPES)}.")]
 Op = Annotated[str, typer.Option("-o", "--op", help=f"One of {', '.join(OPS)}.")]
 Root = Annotated[int, typer.Option("-r", "--root", min=0, help="Rank of the root, where there is one.")]
