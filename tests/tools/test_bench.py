@@ -223,13 +223,10 @@ async def compared(pace: Pace, **times: list[float]) -> tuple[list[tuple[str, in
 
 async def test_sides_take_turns_and_the_slowest_member_counts() -> None:
     turns, found = await compared(Pace(0.0), a=[0.001, 0.002], b=[0.005, 0.001])
-    count = int(calls.TURN / 0.005)
-    assert turns == [("a", 2), ("b", 2)] + [("a", count), ("b", count)] * calls.TURNS
-    assert {label: side.times for label, side in found.items()} == {
-        "A": [0.002] * count * calls.TURNS,
-        "B": [0.005] * count * calls.TURNS,
-    }
-    assert found["A"].cpu == pytest.approx(0.003 / 2 * count * calls.TURNS)
+    a, b = 25, 10
+    assert turns == [("a", 2), ("b", 2)] + [("a", a), ("b", b)] * calls.TURNS
+    assert {label: side.turns for label, side in found.items()} == {"A": [[0.002] * a] * calls.TURNS, "B": [[0.005] * b] * calls.TURNS}
+    assert found["A"].cpu == pytest.approx(0.003 / 2 * a * calls.TURNS)
 
 
 async def test_slow_calls_are_measured_one_at_a_time() -> None:

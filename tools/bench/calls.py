@@ -16,8 +16,8 @@ from pccl.tools.bench.systems import How
 from pccl.tools.bench.teams import TeamOf
 
 TURN = 0.05
-"""Seconds that a turn of the slowest side is to take."""
-LONGEST = 100
+"""Seconds that a turn is to take."""
+LONGEST = 1000
 """Calls in a turn at most."""
 TURNS = 5
 """Turns of each side at least, however long they take."""
@@ -89,19 +89,21 @@ def bus_factor(collective: str, peers: int) -> float:
 async def compare(teams: Mapping[str, Team], sides: Sequence[Side], pace: Pace) -> dict[str, Found]:
     """Measure the sides by turns. A call's time is that of the member that needs longest for it."""
     found = {side.label: Found() for side in sides}
-    slowest = 0.0
-    for side in sides:
-        if pace.warmup:
-            first = Found()
-            first.add(await _turn(teams, side, pace.warmup))
-            slowest = max(slowest, first.times[-1])
-    count = pace.iters or max(1, min(LONGEST, int(TURN / slowest) if slowest else 1))
+    counts = [await _count(teams, side, pace) for side in sides]
     began, turns = time.perf_counter(), 0
     while turns < TURNS or time.perf_counter() - began < pace.seconds:
-        for side in sides:
+        for side, count in zip(sides, counts, strict=True):
             found[side.label].add(await _turn(teams, side, count))
         turns += 1
     return found
+
+
+async def _count(teams: Mapping[str, Team], side: Side, pace: Pace) -> int:
+    """Warm up, and find how many calls make a turn."""
+    first = Found()
+    if pace.warmup:
+        first.add(await _turn(teams, side, pace.warmup))
+    return pace.iters or max(1, min(LONGEST, int(TURN / min(first.times, default=TURN))))
 
 
 async def _turn(teams: Mapping[str, Team], side: Side, count: int) -> list[dict[str, Any]]:
