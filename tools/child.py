@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +36,15 @@ class Child:
         self._last_lines: deque[bytes] = deque(maxlen=20)
 
     @classmethod
-    async def start(cls, module: str, *arguments: str, log: Path | None = None) -> Child:
+    async def start(cls, module: str, *arguments: str, log: Path | None = None, launcher: Sequence[str] = ()) -> Child:
         """Start one; `attend` has to run from then on.
 
         Args:
             log: where its stderr goes; the end of that is kept in memory if this is None.
+            launcher: a program, with its arguments, that is to start it: this is about that program's process then.
         """
         pipe = asyncio.subprocess.PIPE
-        command = [sys.executable, "-m", f"pccl.tools.{module}", *arguments]
+        command = [*launcher, sys.executable, "-m", f"pccl.tools.{module}", *arguments]
         stderr = log.open("ab") if log else None
         try:
             process = await asyncio.create_subprocess_exec(

@@ -34,7 +34,7 @@ COMMANDS = {
     "master": Command("pccl.tools.master:master_command", "Serve a master until a signal ends it."),
     "keys": Command("pccl.tools.keys:keys_app", "Make keys, show them, and allow them."),
     "demo": Command("pccl.tools.demo.command:demo_command", "Train a model on this machine; one peer is killed, another joins."),
-    "bench": Command("pccl.tools.bench.command:bench_app", "Measure: calls next to gloo's, losses, newcomers, memory, the master."),
+    "bench": Command("pccl.tools.bench.command:bench_app", "Measure: calls, next to gloo and MPI; losses, newcomers, memory, the master."),
     "stress": Command("pccl.tools.stress.command:stress_command", "Kill, freeze and let in peers on this machine, and check every result."),
     "version": Command("pccl.tools.version:version_command", "Print the version."),
 }

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pccl
-from pccl.tools.bench.calls import Side, compare
+from pccl.tools.bench.calls import Case, Pace, Side, compare
 from pccl.tools.bench.crew import BenchFailed, Crew, ask_all, crew
 from pccl.tools.bench.report import Report, spread
 
@@ -26,7 +26,7 @@ async def losses(report: Report, peers: int, size: int, strikes: dict[signal.Sig
     chance = random.Random(seed)
     async with pccl.Master() as master, crew(peers) as team:
         await ask_all(team.workers, "join", address=master.address, peers=peers)
-        await ask_all(team.workers, "prepare", **_buffers(size))
+        await ask_all(team.workers, "prepare", **Case("all_reduce", size)._asdict())
         for number, times in strikes.items():
             hits: list[dict[str, Any]] = []
             for _ in range(times * (1 + MISSES)):
@@ -45,13 +45,9 @@ async def losses(report: Report, peers: int, size: int, strikes: dict[signal.Sig
                 report.row(signal=number.name, what=what, **figures, ratio=ratio, peers=peers, size=size, hits=len(hits))
 
 
-def _buffers(size: int) -> dict[str, Any]:
-    return {"collective": "all_reduce", "size": size, "dtype": "float32", "op": "sum"}
-
-
 async def _strike(team: Crew, number: signal.Signals, chance: random.Random) -> dict[str, Any] | None:
     """Measure a few calls; send the signal during another one. None if that came too late."""
-    normal = statistics.median((await compare(team, [CALL], 0.0))["call"].times)
+    normal = statistics.median((await compare({"pccl": team}, [CALL], Pace(0.0)))["call"].times)
     workers = list(team.workers)
     victim = workers[chance.randrange(len(workers))]
     survivors = [worker for worker in workers if worker is not victim]
@@ -84,7 +80,7 @@ async def _replace(team: Crew, address: str, size: int) -> None:
     others = list(team.workers)
     newcomer = await team.add()
     await asyncio.gather(newcomer.ask("join", address=address, peers=len(team.workers)), ask_all(others, "admit"))
-    await newcomer.ask("prepare", **_buffers(size))
+    await newcomer.ask("prepare", **Case("all_reduce", size)._asdict())
 
 
 async def newcomers(report: Report, holders: Sequence[int], visits: int, size: int) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import signal
-from collections.abc import Coroutine
+import sys
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,18 +15,48 @@ import typer
 from typer.core import TyperGroup
 
 from pccl.collectives.schedules.registry import algorithms
-from pccl.tools.bench.calls import Case, Side, measure
+from pccl.tools.bench.buffers import COLLECTIVES, DTYPES, OPS, STEPS
+from pccl.tools.bench.calls import Case, Pace, Side, measure
 from pccl.tools.bench.churn import equals, losses, newcomers
 from pccl.tools.bench.cost import master_cpu, memory
 from pccl.tools.bench.crew import BenchFailed
+from pccl.tools.bench.options import (
+    Algorithm,
+    Atomic,
+    Check,
+    Dtype,
+    Face,
+    Iters,
+    Json,
+    MaxBytes,
+    MinBusbw,
+    MinBytes,
+    Op,
+    Peers,
+    Plot,
+    Prefix,
+    Quantize,
+    Root,
+    Seconds,
+    Size,
+    StepBytes,
+    StepFactor,
+    Transport,
+    Vs,
+    Warmup,
+    one_of,
+    parse_counts,
+    parse_peers,
+    sizes,
+)
 from pccl.tools.bench.plot import plot as draw
 from pccl.tools.bench.report import MEDIAN, PEERS, SAMPLES, SIZE, WORST, Column, Report
-from pccl.tools.bench.systems import COLLECTIVES, DTYPES, OPS
+from pccl.tools.bench.teams import FACES, TeamOf, other, pccl_team
 from pccl.tools.cli import FAILED
 from pccl.tools.process import run
 
 DEFAULT = "all-reduce"
-UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+HERE = Path(sys.prefix)
 
 
 class _Group(TyperGroup):
@@ -41,62 +73,37 @@ bench_app = typer.Typer(cls=_Group)
 
 @bench_app.callback()
 def _about() -> None:
-    """Measure, on this machine, over TCP on loopback; without a name: all-reduce.
+    """Measure, on this machine; without a name: all-reduce.
 
     Figures of a busy machine are worth little, those of two runs are hard to compare: compare within one.
     """
 
 
-def parse_size(text: str) -> int:
-    """Bytes: ``4``, ``64K``, ``1MiB``; units are powers of 1024."""
-    bare = text.strip().upper().removesuffix("B").removesuffix("I")
-    number, unit = (bare[:-1], UNITS[bare[-1]]) if bare[-1:] in UNITS else (bare, 1)
-    if not number.isdecimal() or not int(number):
-        raise typer.BadParameter(f"a number of bytes above 0 is needed, such as 4, 64K or 1M, not {text!r}")
-    return int(number) * unit
-
-
-def parse_count(text: str) -> int:
-    """A number of at least 1."""
-    if not text.strip().isdecimal() or not int(text):
-        raise typer.BadParameter(f"a number above 0 is needed, not {text!r}")
-    return int(text)
-
-
-def _sizes(text: str) -> list[int]:
-    return [parse_size(part) for part in text.split(",")]
-
-
-def _counts(text: str) -> list[int]:
-    return [parse_count(part) for part in text.split(",")]
-
-
-def _peers(text: str) -> list[int]:
-    counts = _counts(text)
-    if not all(2 <= count <= 16 for count in counts):
-        raise typer.BadParameter(f"2 to 16 peers are needed, not {text!r}")
-    return counts
-
-
-Peers = Annotated[Any, typer.Option(parser=_peers, metavar="N,...", help="Processes that make the calls.")]
-Sizes = Annotated[Any, typer.Option(parser=_sizes, metavar="SIZE,...", help="Bytes of the tensor: 4, 64K, 16M.")]
-Size = Annotated[Any, typer.Option(parser=parse_size, metavar="SIZE", help="Bytes of the tensors: 64M.")]
-Seconds = Annotated[float, typer.Option(min=0, metavar="S", help="How long to measure for a number of peers and a size.")]
-Dtype = Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")]
-Op = Annotated[str, typer.Option(help=f"One of {', '.join(OPS)}.")]
-Json = Annotated[Path | None, typer.Option("--json", "-J", metavar="FILE", help="Write the figures there, too.")]
-Against = Annotated[str | None, typer.Option(help="gloo or none; default: gloo if torch is installed.")]
-Atomic = Annotated[bool | None, typer.Option("--atomic/--no-atomic", help="Only with commit, or only without. Default: both.")]
-
-CALL_COLUMNS = (SIZE, Column("dtype", "type", 9), Column("op", "redop", 5), PEERS, Column("system", "system", 22), *MEDIAN)
-BANDWIDTH = (Column("algbw", "algbw", 8, ".3f"), Column("busbw", "busbw", 8, ".3f"))
-CPU = Column("cpu", "cpu s/GB", 9, ".3g")
-CALL_NOTES = (
-    "times in us: the median, 10th and 90th percentile; of each call, the time of the peer that needed longest",
-    "cpu: seconds of CPU time of all peers together, for a buffer of 1 GB (1e9)",
-    "algbw, busbw: GB/s (1e9) as in nccl-tests; the size is that of the larger buffer, of the whole and not of a share",
+CALL_COLUMNS = (
+    SIZE,
+    Column("count", "count", 10),
+    Column("dtype", "type", 8),
+    Column("op", "redop", 5),
+    Column("root", "root", 4),
+    PEERS,
+    Column("system", "system", 20),
+    Column("median", "time(us)", 10, ".1f"),
+    Column("p99", "p99(us)", 10, ".1f"),
+    Column("algbw", "algbw", 7, ".3f"),
+    Column("busbw", "busbw", 7, ".3f"),
+    Column("wrong", "#wrong", 6),
+    Column("cpu", "cpu s/GB", 9, ".3g"),
 )
-WRONG = Column("wrong", "#wrong", 6)
+CALL_NOTES = (
+    "time: the median (p50); of each call, the time of the peer that needed longest",
+    "size: bytes of the larger buffer, of the whole and not of a share; algbw, busbw: GB/s (1e9), as in nccl-tests",
+    "cpu: seconds of CPU time of all peers together, for a buffer of 1 GB",
+)
+RATIO_NOTE = "how many times as fast: the median over the turns, and their quartiles"
+
+
+def _ratio(label: str, title: str) -> Column:
+    return Column(f"x {label}", title, 20)
 
 
 def _measure(report: Report, work: Coroutine[Any, Any, None], json_file: Path | None) -> None:
@@ -110,7 +117,7 @@ def _measure(report: Report, work: Coroutine[Any, Any, None], json_file: Path | 
         run(measured())
     except BenchFailed as error:
         typer.echo(f"pccl bench: {error}", err=True)
-        raise typer.Exit(FAILED) from None
+        raise typer.Exit(error.code) from None
     if json_file:
         report.save(json_file)
     if any(row.get("wrong") for row in report.rows):
@@ -118,54 +125,74 @@ def _measure(report: Report, work: Coroutine[Any, Any, None], json_file: Path | 
         raise typer.Exit(FAILED)
 
 
-def _one_of(value: str, allowed: tuple[str, ...], option: str) -> str:
-    if value not in allowed:
-        raise typer.BadParameter(f"one of {', '.join(allowed)} is needed, not {value!r}", param_hint=option)
-    return value
-
-
 def _collective(collective: str) -> None:
     """Define the benchmark of a collective."""
     name = collective.replace("_", "-")
-    default_sizes = "4,4K,64K,1M,16M,64M"
 
-    @bench_app.command(name, help=f"Time {name}, by turns with gloo's in the same processes.")
+    @bench_app.command(name, help=f"Time {name}, by turns with that of other libraries, each in processes of its own.")
     def command(
-        sizes: Sizes = default_sizes,
+        ctx: typer.Context,
+        minbytes: MinBytes = "4",
+        maxbytes: MaxBytes = "64M",
+        stepfactor: StepFactor = 4,
+        stepbytes: StepBytes = None,
         peers: Peers = "2,4",
-        against: Against = None,
         op: Op = "sum",
-        dtype: Dtype = "float32",
+        datatype: Dtype = "float32",
+        root: Root = 0,
+        seconds: Seconds = 2.0,
+        iters: Iters = None,
+        warmup_iters: Warmup = 2,
+        check: Check = 1,
+        vs: Vs = "gloo,mpich,openmpi",
+        mpi: Prefix = HERE,
+        face: Face = "sync",
         atomic: Atomic = None,
-        algorithm: Annotated[str, typer.Option(help="pccl's, for example ring; auto: what it chooses by itself.")] = "auto",
-        min_busbw: Annotated[float, typer.Option(min=0, metavar="GB/S", help="End with 1 if a row of pccl's has a lower busbw.")] = 0.0,
-        seconds: Seconds = 3.0,
+        transport: Transport = None,
+        algorithm: Algorithm = "auto",
+        quantize: Quantize = None,
+        min_busbw: MinBusbw = 0.0,
         json_file: Json = None,
-        plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the bandwidths there (PNG); needs matplotlib.")] = None,
+        plot: Plot = None,
     ) -> None:
-        _one_of(op, tuple(OPS), "--op")
+        one_of(op, tuple(OPS), "--op")
+        one_of(datatype, DTYPES, "--datatype")
+        one_of(face, (*FACES, "both"), "--face")
         for count in peers:
-            _one_of(algorithm, ("auto", *algorithms(collective, count)), f"--algorithm with {count} peers")
-        _one_of(dtype, DTYPES, "--dtype")
-        torch = importlib.util.find_spec("torch") is not None
-        other = _one_of(against or ("gloo" if torch else "none"), ("gloo", "none"), "--against")
-        if other == "gloo" and not torch:
-            raise typer.BadParameter("gloo comes with torch, which is not installed", param_hint="--against")
+            one_of(algorithm, ("auto", *algorithms(collective, count)), f"--algorithm with {count} peers")
+        if root >= min(peers):
+            raise typer.BadParameter(f"a rank below {min(peers)}, the number of peers, is needed, not {root}", param_hint="--root")
+        if transport:
+            one_of(transport, ("auto", "tcp"), "--transport")
+        if quantize:
+            one_of(quantize, tuple(STEPS), "--quantize")
+            one_of(collective, ("all_reduce",), "the collective of --quantize")
         if plot and importlib.util.find_spec("matplotlib") is None:
             raise typer.BadParameter("matplotlib is not installed (pip install 'aiopccl[plot]')", param_hint="--plot")
-        by: dict[str, bool | str] = {} if algorithm == "auto" else {"algorithm": algorithm}
-        ours = [Side(" ".join(["pccl", *map(str, by.values())]), "pccl", {"atomic": False} | by)] if atomic is not True else []
-        ours += [Side(" ".join(["pccl atomic", *map(str, by.values())]), "pccl", {"atomic": True} | by)] if atomic is not False else []
-        sides = [*ours, Side("gloo", "gloo", {})] if other == "gloo" else ours
-        ratio = [Column("ratio", "x gloo", 7, ".2f")] if other == "gloo" else []
-        notes = (*CALL_NOTES, "x gloo: how many times as fast as gloo") if ratio else CALL_NOTES
-        asked = {"sizes": sizes, "peers": peers, "against": other, "op": op, "dtype": dtype, "atomic": atomic, "seconds": seconds}
-        report = Report(name, {**asked, "algorithm": algorithm}, [*CALL_COLUMNS, *BANDWIDTH, CPU, *ratio, WRONG], notes)
-        cases = [Case(collective, size, dtype, op, seconds) for size in sizes]
-        _measure(report, measure(report, peers, cases, sides, "gloo" if ratio else None), json_file)
+        cases = [Case(collective, size, datatype, op, root) for size in sizes(minbytes, maxbytes, stepfactor, stepbytes)]
+        how = {key: value for key, value in (("algorithm", algorithm), ("quantize", quantize)) if value not in (None, "auto")}
+        suffix = "".join(f" {value}" for value in how.values())
+        faces = list(FACES) if face == "both" else [face]
+        settings: dict[str, Any] = {"transport": transport} if transport else {}
+        teams: dict[str, TeamOf] = {each: functools.partial(pccl_team, face=each, **settings) for each in faces}
+        sides = [
+            Side(f"pccl{' async' if each == 'async' else ''}{' atomic' if a else ''}{suffix}", each, {"atomic": a} | how)
+            for each in faces
+            for a in (False, True)
+            if atomic in (None, a)
+        ]
+        ours = {side.label for side in sides}
+        found = {each: other(each, mpi, collective, datatype) for each in vs}
+        rivals = {label: start for label, start in found.items() if not isinstance(start, str)}
+        sides += [Side(label, label, {}) for label in rivals]
+        notes = [*CALL_NOTES, *(f"x {label}: {RATIO_NOTE}" for label in rivals)]
+        notes += [reason for reason in found.values() if isinstance(reason, str)]
+        report = Report(name, ctx.params, [*CALL_COLUMNS, *(_ratio(label, f"x {label}") for label in rivals)], notes)
+        pace = Pace(seconds, iters, warmup_iters, check)
+        _measure(report, measure(report, peers, cases, pace, teams | rivals, sides, list(rivals)), json_file)
         if plot:
-            draw(report.rows, f"{name}, {dtype}, {os.cpu_count()} CPUs, over TCP on loopback", plot)
-        low = [row for row in report.rows if row["system"].startswith("pccl") and row["busbw"] < min_busbw]
+            draw(report.rows, f"{name}, {datatype}, {os.cpu_count()} CPUs, one machine", plot)
+        low = [row for row in report.rows if row["system"] in ours and row["busbw"] < min_busbw]
         for row in low:
             text = f"pccl bench: busbw {row['busbw']:.3f} GB/s of {row['system']} with {row['peers']} peers at {row['size']} bytes"
             typer.echo(f"{text} is below --min-busbw {min_busbw:g}", err=True)
@@ -179,31 +206,56 @@ for _name in COLLECTIVES:
 
 @bench_app.command("atomic")
 def atomic_command(
-    sizes: Sizes = "4K,16M,64M", peers: Peers = "2,4", dtype: Dtype = "float32", seconds: Seconds = 5.0, json_file: Json = None
+    ctx: typer.Context,
+    minbytes: MinBytes = "4K",
+    maxbytes: MaxBytes = "64M",
+    stepfactor: StepFactor = 128,
+    peers: Peers = "2,4",
+    datatype: Dtype = "float32",
+    seconds: Seconds = 5.0,
+    json_file: Json = None,
 ) -> None:
     """Time all-reduce with and without commit, in place and out of place."""
-    _one_of(dtype, DTYPES, "--dtype")
-    columns = (*CALL_COLUMNS, *BANDWIDTH, Column("ratio", "x plain", 7, ".2f"), WRONG)
-    options = {"sizes": sizes, "peers": peers, "dtype": dtype, "seconds": seconds}
-    report = Report("atomic", options, columns, (*CALL_NOTES, "x plain: how many times as fast as in place with atomic=False"))
-    cases = [Case("all_reduce", size, dtype, "sum", seconds) for size in sizes]
+    one_of(datatype, DTYPES, "--datatype")
     sides = [
-        Side(f"{'atomic' if atomic else 'plain'} {'out of' if out else 'in'} place", "pccl", {"atomic": atomic, "out": out})
-        for out in (False, True)
+        Side(f"{'atomic' if atomic else 'plain'} {'out of' if out else 'in'} place", "sync", {"atomic": atomic} | out)
+        for out in ({}, {"out": True})
         for atomic in (False, True)
     ]
-    _measure(report, measure(report, peers, cases, sides, sides[0].label), json_file)
+    cases = [Case("all_reduce", size, datatype) for size in sizes(minbytes, maxbytes, stepfactor, None)]
+    _ways("atomic", ctx, "plain", sides, cases, peers, seconds, json_file)
 
 
 @bench_app.command("busy")
-def busy_command(sizes: Sizes = "4K,1M,64M", peers: Peers = "2,4", seconds: Seconds = 5.0, json_file: Json = None) -> None:
+def busy_command(
+    ctx: typer.Context,
+    minbytes: MinBytes = "4K",
+    maxbytes: MaxBytes = "64M",
+    stepfactor: StepFactor = 128,
+    peers: Peers = "2,4",
+    seconds: Seconds = 5.0,
+    json_file: Json = None,
+) -> None:
     """Time all-reduce while its caller holds the interpreter half of the time, and while it does not."""
-    columns = (*CALL_COLUMNS, *BANDWIDTH, Column("ratio", "x idle", 7, ".2f"), WRONG)
-    options = {"sizes": sizes, "peers": peers, "seconds": seconds}
-    report = Report("busy", options, columns, (*CALL_NOTES, "x idle: how many times as fast as under a caller that waits"))
-    cases = [Case("all_reduce", size, "float32", "sum", seconds) for size in sizes]
-    sides = [Side("idle", "pccl", {"busy": False}), Side("busy", "pccl", {"busy": True})]
-    _measure(report, measure(report, peers, cases, sides, "idle"), json_file)
+    sides = [Side(name, "sync", {"atomic": False, "busy": name == "busy"}) for name in ("idle", "busy")]
+    cases = [Case("all_reduce", size) for size in sizes(minbytes, maxbytes, stepfactor, None)]
+    _ways("busy", ctx, "idle", sides, cases, peers, seconds, json_file)
+
+
+def _ways(
+    name: str,
+    ctx: typer.Context,
+    against: str,
+    sides: Sequence[Side],
+    cases: Sequence[Case],
+    peers: Sequence[int],
+    seconds: float,
+    json_file: Path | None,
+) -> None:
+    """Compare ways to reduce with the first of them."""
+    title, first = f"x {against}", sides[0].label
+    report = Report(name, ctx.params, [*CALL_COLUMNS, _ratio(first, title)], [*CALL_NOTES, f"{title}: {RATIO_NOTE} ({first})"])
+    _measure(report, measure(report, peers, cases, Pace(seconds), {"sync": pccl_team}, sides, [first]), json_file)
 
 
 @bench_app.command("kill")
@@ -232,7 +284,7 @@ WHAT = Column("what", "what", 16)
 
 @bench_app.command("connect")
 def connect_command(
-    members: Annotated[Any, typer.Option(parser=_counts, metavar="N,...", help="Members that only update.")] = "2",
+    members: Annotated[Any, typer.Option(parser=parse_counts, metavar="N,...", help="Members that only update.")] = "2",
     count: Annotated[int, typer.Option(min=1, help="How often to join.")] = 50,
     json_file: Json = None,
 ) -> None:
@@ -244,8 +296,8 @@ def connect_command(
 @bench_app.command("sync-state")
 def sync_state_command(
     size: Size = "256M",
-    holders: Annotated[Any, typer.Option(parser=_counts, metavar="N,...", help="Members that have the state when one comes.")] = "1,3",
-    peers: Annotated[Any, typer.Option(parser=_peers, metavar="N,...", help="Members that all have the state.")] = "2,4",
+    holders: Annotated[Any, typer.Option(parser=parse_counts, metavar="N,...", help="Members that have the state when one comes.")] = "1,3",
+    peers: Annotated[Any, typer.Option(parser=parse_peers, metavar="N,...", help="Members that all have the state.")] = "2,4",
     count: Annotated[int, typer.Option(min=1, help="How often.")] = 5,
     json_file: Json = None,
 ) -> None:
@@ -271,7 +323,7 @@ def memory_command(size: Size = "256M", peers: Peers = "2,4", json_file: Json = 
 
 @bench_app.command("master")
 def master_command(
-    peers: Annotated[Any, typer.Option(parser=_counts, metavar="N,...", help="Light peers: they have no links.")] = "100,1000",
+    peers: Annotated[Any, typer.Option(parser=parse_counts, metavar="N,...", help="Light peers: they have no links.")] = "100,1000",
     groups: Annotated[int, typer.Option(min=1, help="Groups that they form.")] = 10,
     rounds: Annotated[int, typer.Option(min=1, help="How often each updates and commits.")] = 100,
     processes: Annotated[int, typer.Option(min=1, help="Processes that the peers share.")] = 4,

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,25 @@ class Column(NamedTuple):
     width: int
     form: str = ""
     """How a number is shown, as in f-strings."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """How many times as fast one thing is as another, and how sure that is."""
+
+    median: float
+    p25: float
+    p75: float
+
+    @classmethod
+    def of(cls, found: Sequence[float]) -> Ratio:
+        """The median and the quartiles of some ratios."""
+        low, middle, high = np.percentile(found, [25, 50, 75]).tolist()
+        return cls(middle, low, high)
+
+    def __str__(self) -> str:
+        median, p25, p75 = (f"{value:.2f}" if value >= 0.1 else f"{value:.2g}" for value in (self.median, self.p25, self.p75))
+        return f"{median} {p25}-{p75}"
 
 
 class Report:
@@ -66,7 +86,12 @@ class Report:
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""
-        path.write_text(json.dumps({**self._facts, "rows": self.rows}, indent=1) + "\n")
+        path.write_text(json.dumps({**self._facts, "rows": self.rows}, indent=1, default=_plain) + "\n")
+
+
+def _plain(value: Ratio | Path) -> Any:
+    """What JSON has for it."""
+    return asdict(value) if isinstance(value, Ratio) else str(value)
 
 
 def spread(values: Sequence[float], unit: float) -> dict[str, Any]:

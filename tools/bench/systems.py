@@ -1,133 +1,101 @@
-"""What is measured in a worker: a collective of pccl, and the same of gloo, on the same buffers."""
+"""What is measured in a worker: a collective of pccl by one of its faces, or the same of gloo or of an MPI."""
 
 from __future__ import annotations
 
+import asyncio
 import datetime
-import math
+import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 import pccl
+from pccl.tools.bench.buffers import HALVES, Buffers
 
-COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather", "broadcast", "all_to_all")
-OPS: dict[str, Callable[[Iterable[int]], int]] = {"sum": sum, "prod": math.prod, "min": min, "max": max}
-DTYPES = ("float32", "float64", "float16", "bfloat16", "int8", "uint8", "int32", "int64")
-"""What both systems can do."""
-PATTERN = (1, 2, 1, 3, 1, 1, 2)
-"""Element i of the member of rank r begins as the one at i + r, again and again: results differ, and are exact in every dtype."""
 HOLD = 0.005
 """Seconds that a busy caller holds the interpreter, and then does not."""
 
 Call = Callable[[], object]
-How = Mapping[str, bool | str]
-"""Keywords of a call"""
-
-
-class Buffers:
-    """Input and output of a collective. As in nccl-tests, the size is that of the larger one: the size of a whole, not of a share."""
-
-    def __init__(self, collective: str, size: int, dtype: str, op: str, rank: int, world: int) -> None:
-        self.collective = collective
-        self.op = op
-        self.reduces = collective in ("all_reduce", "reduce_scatter")
-        self.has_output = collective not in ("all_reduce", "broadcast")
-        """In any case; all_reduce has one if it is asked to."""
-        self._rank, self._world = rank, world
-        kind: npt.DTypeLike = dtype
-        if dtype == "bfloat16":
-            import ml_dtypes
-
-            kind = ml_dtypes.bfloat16
-        width = np.dtype(kind).itemsize
-        shares = world if self.has_output else 1
-        part = max(1, -(-size // (width * shares)))
-        whole = part * shares
-        self.nbytes = whole * width
-        self.x: npt.NDArray[Any] = np.zeros(part if collective == "all_gather" else whole, kind)
-        """The input."""
-        self.y: npt.NDArray[Any] = np.zeros(part if collective == "reduce_scatter" else whole, kind)
-        """The output, but for calls in place."""
-        self.clear()
-
-    def clear(self) -> None:
-        """Zeros: they stay what they are however often they are reduced."""
-        self.x.fill(0)
-        self.y.fill(0)
-
-    def fill(self) -> None:
-        """Inputs that tell ranks and places apart."""
-        self.x[:] = self._pattern(len(self.x), self._rank)
-        self.y.fill(0)
-
-    def wrong(self, *, out_of_place: bool) -> int:
-        """How many elements of the result are not what they should be."""
-        found = self.y if self.has_output or out_of_place else self.x
-        return int(np.count_nonzero(found != self._right()))
-
-    def _right(self) -> npt.NDArray[Any]:
-        part = len(self.x) // self._world
-        mine = slice(self._rank * part, (self._rank + 1) * part)
-        if self.collective == "broadcast":
-            return self._pattern(len(self.x), 0)
-        if self.collective == "all_gather":
-            return np.concatenate([self._pattern(len(self.x), r) for r in range(self._world)])
-        if self.collective == "all_to_all":
-            return np.concatenate([self._pattern(len(self.x), r)[mine] for r in range(self._world)])
-        whole = self._repeat(len(self.x), [OPS[self.op](each) for each in zip(*map(_pattern, range(self._world)), strict=True)])
-        return whole if self.collective == "all_reduce" else whole[mine]
-
-    def _pattern(self, count: int, rank: int) -> npt.NDArray[Any]:
-        return self._repeat(count, _pattern(rank))
-
-    def _repeat(self, count: int, period: list[int]) -> npt.NDArray[Any]:
-        return np.resize(np.array(period).astype(self.x.dtype), count)
-
-
-def _pattern(rank: int) -> list[int]:
-    """How the input of a member begins."""
-    start = rank % len(PATTERN)
-    return [*PATTERN[start:], *PATTERN[:start]]
+How = Mapping[str, Any]
+"""Keywords of a call of pccl's, and two more, which may be there: `out`, it is out of place; `busy`, whether its caller, while it waits,
+holds the interpreter half of the time.
+"""
 
 
 class System(Protocol):
     """Something that has collectives."""
 
-    def call(self, buffers: Buffers, **how: bool | str) -> Call:
-        """The call to measure."""
+    rank: int
+    world: int
 
-    def barrier(self) -> None:
-        """Wait until every member is here."""
+    def run(self, buffers: Buffers, how: How, count: int) -> dict[str, Any]:
+        """Make so many calls, one after the other, which all members begin at the same time.
+
+        Returns:
+            How many seconds each took (``times``), and how many of CPU time all of them (``cpu``).
+        """
 
     def close(self) -> None:
         """The end."""
 
 
-class Pccl:
-    """The blocking face over TCP."""
+class Blocking(ABC):
+    """A system whose calls return when they are done."""
+
+    rank: int
+    world: int
+    barrier: Call
+    close: Callable[[], None]
+
+    @abstractmethod
+    def call(self, buffers: Buffers, how: How) -> Call:
+        """The call to measure."""
+
+    def run(self, buffers: Buffers, how: How, count: int) -> dict[str, Any]:
+        """See `System`."""
+        call = self.call(buffers, how)
+        self.barrier()
+        times = []
+        cpu = time.process_time()
+        for _ in range(count):
+            began = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - began)
+        return {"times": times, "cpu": time.process_time() - cpu}
+
+
+class Pccl(Blocking):
+    """The blocking face."""
 
     def __init__(self, comm: pccl.sync.Communicator) -> None:
         self._comm = comm
         self._holding = HOLD * (1 + 0.1 * comm.rank)  # or all members would hold at the same time, or by turns
+        self.rank, self.world = comm.rank, comm.world_size
+        self.barrier = lambda: comm.barrier(atomic=False)
         self.close = comm.leave
 
-    def call(self, buffers: Buffers, **how: bool | str) -> Call:
-        """Atomic or not, out of place or not, by an algorithm; `busy` says whether the caller holds the interpreter half of the time."""
-        function: Any = getattr(self._comm, buffers.collective)
-        busy = how.get("busy")
-        keywords: dict[str, Any] = {"atomic": how.get("atomic", False)}
-        if "algorithm" in how:
-            keywords["algorithm"] = how["algorithm"]
-        given: list[Any] = [buffers.x, buffers.op] if buffers.reduces else [buffers.x]
-        out = {"out": buffers.y} if buffers.has_output or how.get("out") else {}
-        if busy is None:
-            return lambda: function(*given, **out, **keywords)
-        if busy:
-            return lambda: self._wait_busily(function(*given, **out, **keywords, async_op=True))
-        return lambda: function(*given, **out, **keywords, async_op=True).wait()
+    def call(self, buffers: Buffers, how: How) -> Call:
+        """The call to measure."""
+        if buffers.collective == "sendrecv":
+            return self._shift(buffers, how)
+        call = _bound(self._comm, buffers, how)
+        if "busy" not in how:
+            return call
+        return lambda: self._wait_busily(call(async_op=True)) if how["busy"] else call(async_op=True).wait()
+
+    def _shift(self, buffers: Buffers, how: How) -> Call:
+        comm, there, back, keywords = self._comm, *_neighbours(self), dict(how)
+
+        def shift() -> None:
+            sending = comm.send(buffers.x, there, async_op=True, **keywords)
+            comm.recv(buffers.y, back, **keywords)
+            sending.wait()
+
+        return shift
 
     def _wait_busily(self, work: pccl.sync.Work) -> None:
         """Python code that computes and does not wait, HOLD after HOLD, in time with the clock and not with the calls."""
@@ -142,12 +110,70 @@ class Pccl:
                     pass
         work.wait()
 
-    def barrier(self) -> None:
-        """Wait until every member is here."""
-        self._comm.barrier(atomic=False)
+
+class AsyncPccl:
+    """The asynchronous face, on the event loop that `asyncio.run` would make."""
+
+    def __init__(self, address: str, peers: int, **settings: Any) -> None:
+        self._runner = asyncio.Runner()
+        self._comm = self._runner.run(self._join(address, peers, settings))
+        self.rank, self.world = self._comm.rank, self._comm.world_size
+
+    async def _join(self, address: str, peers: int, settings: Mapping[str, Any]) -> pccl.Communicator:
+        return await pccl.connect(address, min_world_size=peers, **settings)
+
+    def run(self, buffers: Buffers, how: How, count: int) -> dict[str, Any]:
+        """See `System`."""
+        return self._runner.run(self._run(buffers, how, count))
+
+    async def _run(self, buffers: Buffers, how: How, count: int) -> dict[str, Any]:
+        comm, there, back, keywords = self._comm, *_neighbours(self), dict(how)
+
+        async def shift() -> None:
+            await asyncio.gather(comm.send(buffers.x, there, **keywords), comm.recv(buffers.y, back, **keywords))
+
+        call: Any = shift if buffers.collective == "sendrecv" else _bound(comm, buffers, how)
+        await comm.barrier(atomic=False)
+        times = []
+        cpu = time.process_time()
+        for _ in range(count):
+            began = time.perf_counter()
+            await call()
+            times.append(time.perf_counter() - began)
+        return {"times": times, "cpu": time.process_time() - cpu}
+
+    def close(self) -> None:
+        """Leave."""
+        self._runner.run(self._comm.leave())
+        self._runner.close()
 
 
-class Gloo:
+def _neighbours(system: System) -> tuple[int, int]:
+    """The ranks after and before a member's."""
+    return (system.rank + 1) % system.world, (system.rank - 1) % system.world
+
+
+def _bound(comm: object, buffers: Buffers, how: How) -> Callable[..., Any]:
+    """A collective of pccl's with its arguments."""
+    x, y, op, root = buffers.x, buffers.y, buffers.op, buffers.root
+    arguments: dict[str, list[Any]] = {
+        "all_reduce": [x, op],
+        "reduce_scatter": [x, op],
+        "all_gather": [x],
+        "broadcast": [x, root],
+        "reduce": [x, root, op],
+        "gather": [x, root],
+        "scatter": [y, x, root],
+        "all_to_all": [x],
+    }
+    function, given = getattr(comm, buffers.collective), arguments[buffers.collective]
+    keywords: dict[str, Any] = {name: value for name, value in how.items() if name not in ("out", "busy")}
+    if (buffers.has_output and buffers.collective != "scatter") or "out" in how:
+        keywords["out"] = y
+    return lambda **more: function(*given, **keywords, **more)
+
+
+class Gloo(Blocking):
     """torch.distributed on the CPU.
 
     Args:
@@ -163,22 +189,74 @@ class Gloo:
             "gloo", init_method=f"file://{path}", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=timeout)
         )
         self._torch, self._dist = torch, dist
+        self.rank, self.world = rank, world
         self.barrier = dist.barrier
         self.close = dist.destroy_process_group
 
-    def call(self, buffers: Buffers, **how: bool | str) -> Call:
+    def call(self, buffers: Buffers, how: How) -> Call:
         """The call to measure; gloo reduces in place only."""
         dist: Any = self._dist
-        x, y = self._tensor(buffers.x), self._tensor(buffers.y)
+        x, y, root = self._tensor(buffers.x), self._tensor(buffers.y), buffers.root
         op = {"sum": dist.ReduceOp.SUM, "prod": dist.ReduceOp.PRODUCT, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}[buffers.op]
+        there, back = _neighbours(self)
+
+        def parts(whole: Any) -> list[Any] | None:
+            return list(whole.chunk(self.world)) if self.rank == root else None
+
+        def shift() -> None:
+            sending = dist.isend(x, there)
+            dist.recv(y, back)
+            sending.wait()
+
         calls: dict[str, Call] = {
             "all_reduce": lambda: dist.all_reduce(x, op),
             "reduce_scatter": lambda: dist.reduce_scatter_tensor(y, x, op),
             "all_gather": lambda: dist.all_gather_into_tensor(y, x),
-            "broadcast": lambda: dist.broadcast(x, 0),
+            "broadcast": lambda: dist.broadcast(x, root),
+            "reduce": lambda: dist.reduce(x, root, op),
+            "gather": lambda: dist.gather(x, parts(y), root),
+            "scatter": lambda: dist.scatter(y, parts(x), root),
             "all_to_all": lambda: dist.all_to_all_single(y, x),
+            "sendrecv": shift,
         }
         return calls[buffers.collective]
 
     def _tensor(self, x: npt.NDArray[Any]) -> Any:
         return self._torch.frombuffer(x.view(np.uint8), dtype=getattr(self._torch, x.dtype.name))
+
+
+class Mpi(Blocking):
+    """mpi4py; which MPI is up to the environment. Half floats are only moved: an MPI cannot add them up.
+
+    Args:
+        packages: a folder of packages that may hold mpi4py, if this interpreter's own do not.
+    """
+
+    def __init__(self, packages: str) -> None:
+        sys.path.append(packages)
+        from mpi4py import MPI
+
+        self._mpi, self._comm = MPI, MPI.COMM_WORLD
+        self.rank, self.world = self._comm.rank, self._comm.size
+        self.barrier = self._comm.Barrier
+        self.close = MPI.Finalize
+
+    def call(self, buffers: Buffers, how: How) -> Call:
+        """The call to measure."""
+        mpi, comm, root = self._mpi, self._comm, buffers.root
+        x, y = (each.view(np.int16) if each.dtype.name in HALVES else each for each in (buffers.x, buffers.y))
+        op = {"sum": mpi.SUM, "prod": mpi.PROD, "min": mpi.MIN, "max": mpi.MAX}[buffers.op]
+        here = self.rank == root
+        there, back = _neighbours(self)
+        calls: dict[str, Call] = {
+            "all_reduce": lambda: comm.Allreduce(mpi.IN_PLACE, x, op),
+            "reduce_scatter": lambda: comm.Reduce_scatter_block(x, y, op),
+            "all_gather": lambda: comm.Allgather(x, y),
+            "broadcast": lambda: comm.Bcast(x, root),
+            "reduce": lambda: comm.Reduce(mpi.IN_PLACE, x, op, root) if here else comm.Reduce(x, None, op, root),
+            "gather": lambda: comm.Gather(x, y if here else None, root),
+            "scatter": lambda: comm.Scatter(x if here else None, y, root),
+            "all_to_all": lambda: comm.Alltoall(x, y),
+            "sendrecv": lambda: comm.Sendrecv(x, there, recvbuf=y, source=back),
+        }
+        return calls[buffers.collective]

@@ -6,8 +6,12 @@ Its parent gives it orders, one JSON object per line, and hears what comes of ea
 from __future__ import annotations
 
 import json
+import os
 import queue
+import socket
+import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,7 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 import pccl
-from pccl.tools.bench.systems import Buffers, Gloo, How, Pccl, System
+from pccl.tools.bench.buffers import Buffers
+from pccl.tools.bench.systems import AsyncPccl, Gloo, How, Mpi, Pccl, System
+from pccl.tools.cli import FAILED, exit_code
 from pccl.tools.parent import Parent
 
 PAUSE = 0.001
@@ -35,22 +41,33 @@ class Orders:
     def __init__(self, say: Callable[..., None]) -> None:
         self._say = say
         self._comm: pccl.sync.Communicator
+        self._system: System | None = None
         self._buffers: Buffers
-        self._systems: dict[str, System] = {}
 
     def finish(self) -> None:
         """Leave."""
-        for system in self._systems.values():
-            system.close()
+        if self._system:
+            self._system.close()
 
     # --- membership -------------------------------------------------------------------------------------------------
 
-    def join(self, address: str, peers: int) -> int:
-        """Join the group and wait until it has so many members; the result is this one's rank."""
-        self._comm = pccl.sync.connect(address, timeout=CALL_TIMEOUT)
-        self._systems["pccl"] = Pccl(self._comm)
+    def join(self, address: str, peers: int, **settings: Any) -> None:
+        """Join the group and wait until it has so many members."""
+        self._comm = pccl.sync.connect(address, timeout=CALL_TIMEOUT, **settings)
         self.gather(peers)
-        return self._comm.rank
+        self._system = Pccl(self._comm)
+
+    def join_async(self, address: str, peers: int, **settings: Any) -> None:
+        """Join a group of so many members by the asynchronous face."""
+        self._system = AsyncPccl(address, peers, timeout=CALL_TIMEOUT, **settings)
+
+    def join_gloo(self, path: str, rank: int, peers: int) -> None:
+        """Make a gloo process group with others, which meet in a file."""
+        self._system = Gloo(path, rank, peers, CALL_TIMEOUT)
+
+    def join_mpi(self, packages: str) -> None:
+        """Be a rank of the MPI whose launcher has started this process."""
+        self._system = Mpi(packages)
 
     def gather(self, peers: int) -> None:
         """Update until the group has so many members: all of them see that in the same update."""
@@ -64,36 +81,26 @@ class Orders:
         while not self._comm.update().joined:
             time.sleep(PAUSE)
 
-    def join_gloo(self, path: str) -> None:
-        """Make a gloo process group of the same members, which meet in a file."""
-        self._systems["gloo"] = Gloo(path, self._comm.rank, self._comm.world_size, CALL_TIMEOUT)
-
     # --- calls ------------------------------------------------------------------------------------------------------
 
-    def prepare(self, collective: str, size: int, dtype: str, op: str) -> int:
-        """Make buffers for a collective; the result is what they hold, in bytes: at least the size, divisible among the members."""
-        self._buffers = Buffers(collective, size, dtype, op, self._comm.rank, self._comm.world_size)
-        return self._buffers.nbytes
+    def prepare(self, collective: str, size: int, dtype: str, op: str, root: int) -> dict[str, int]:
+        """Make buffers for a collective; the result says how large they are: at least the size, and divisible among the members."""
+        assert self._system
+        self._buffers = Buffers(collective, size, dtype, op, root, self._system.rank, self._system.world)
+        return {"size": self._buffers.nbytes, "count": self._buffers.count}
 
-    def check(self, system: str, how: How) -> int:
+    def check(self, how: How) -> int:
         """Make a call; the result is the number of elements that are wrong."""
-        call = self._systems[system].call(self._buffers, **how)
+        assert self._system
         self._buffers.fill()
-        call()
-        return self._buffers.wrong(out_of_place=bool(how.get("out", False)))
+        self._system.run(self._buffers, how, 1)
+        return self._buffers.wrong(out_of_place="out" in how, quantize=how.get("quantize"))
 
-    def run(self, system: str, how: How, count: int) -> dict[str, Any]:
-        """Make so many calls; the result is how many seconds each took, and how many of CPU time all of them."""
-        call = self._systems[system].call(self._buffers, **how)
+    def run(self, how: How, count: int) -> dict[str, Any]:
+        """Make so many calls; see `System`."""
+        assert self._system
         self._buffers.clear()
-        self._systems[system].barrier()
-        times = []
-        cpu = time.process_time()
-        for _ in range(count):
-            began = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - began)
-        return {"times": times, "cpu": time.process_time() - cpu}
+        return self._system.run(self._buffers, how, count)
 
     def strike(self, value: float) -> dict[str, Any]:
         """Make a call in which somebody is to die, and a second one if that fails."""
@@ -226,14 +233,25 @@ def _forget_peak() -> int:
 
 
 def main() -> None:
-    """Obey until told to finish."""
+    """Obey until told to finish. An argument is the path of a socket, if stdin and stdout do not lead to who gives the orders."""
+    if path := sys.argv[1:]:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(path[0])
+            os.dup2(connection.fileno(), 0)
+            os.dup2(connection.fileno(), 1)
     orders: queue.SimpleQueue[str] = queue.SimpleQueue()
     parent = Parent(orders.put)
     desk, order = Orders(parent.tell), ""
     while order != "finish":
         details = json.loads(orders.get())
         order = details.pop("order")
-        parent.tell("done", result=getattr(desk, order)(**details))
+        try:
+            result = getattr(desk, order)(**details)
+        except Exception as error:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(exit_code(error) if isinstance(error, pccl.PcclError) else FAILED)  # an MPI would wait for the other ranks
+        parent.tell("done", result=result)
 
 
 if __name__ == "__main__":
