@@ -119,7 +119,7 @@ class Poller:
 
     def _receive(self, patience: int) -> bool:
         """Take in what comes within so many milliseconds."""
-        region = self._region if patience and self._stepper.pulls else None
+        region, receivers = self._region if patience and self._stepper.pulls else None, self._receivers
         if region:
             region.sleeping(True)
             patience = 0 if self._stepper.step() else patience
@@ -131,7 +131,7 @@ class Poller:
                 self.forget()
                 return True
             try:
-                self._receivers[fd]()
+                receivers[fd]()
             except Exception as e:
                 self._report(e)
         return bool(ready)

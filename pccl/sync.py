@@ -213,11 +213,18 @@ class Communicator(Handle[Any]):
         if self._closed:
             return
         self._closed = True
+        self._repeats.clear()
         if self._comm:
             self._runtime.post(self._runtime.engine.leave_sub, self._comm)
         else:
             assert isinstance(self._runtime, ThreadRuntime)
             self._runtime.close_blocking(leave=leave)
+
+    def _see(self, op: Operation) -> None:
+        before = self._seen.epoch
+        super()._see(op)
+        if self._seen.epoch != before:
+            self._repeats.clear()
 
     def __enter__(self) -> Communicator:
         return self
