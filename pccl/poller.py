@@ -12,8 +12,8 @@ from pccl.transports.region import OwnShared
 
 SPIN = 50e-6
 """Seconds of asking again and again before it sleeps, where every member of this host has a core to itself."""
-CROWDED_SPIN = 200e-6
-"""Seconds of looking into shared memory again and again, where they have not; each time others get their turn."""
+SHARED_SPIN = 50e-6
+"""Seconds of looking into shared memory again and again; each time others get their turn, so it does not need a core to itself."""
 LOOK = 50e-6
 """Seconds between two looks at everything else, while there is something to do in shared memory."""
 
@@ -82,7 +82,6 @@ class Poller:
         """descriptor -> what receives from it"""
         self._poll = select.poll()
         self._spin = 0.0
-        self._crowded = False
 
     def forget(self) -> None:
         """Links or members have come or gone: look for them again before the next call; the present one is left to the loop."""
@@ -104,10 +103,10 @@ class Poller:
             idle = now - heard
             if idle > patience or now - began > at_most:
                 return
-            spin = moved or idle < (max(self._spin, CROWDED_SPIN) if stepper.pulls else self._spin)
+            spin = moved or idle < (SHARED_SPIN if stepper.pulls else self._spin)
             if stepper.pulls and spin and now - looked < LOOK:
-                if self._crowded and not moved:
-                    os.sched_yield()
+                if not moved:
+                    os.sched_yield()  # to the peer, if it is on the same core
                 continue
             looked = now
             if call.announced:
@@ -115,7 +114,7 @@ class Poller:
             if self._receive(0 if spin else 1):
                 heard = clock()
             elif spin:
-                os.sched_yield()  # to the peer, if it has been put on the same core
+                os.sched_yield()
 
     def _receive(self, patience: int) -> bool:
         """Take in what comes within so many milliseconds."""
@@ -142,5 +141,4 @@ class Poller:
         self._poll = select.poll()
         for fd in self._receivers:
             self._poll.register(fd, select.POLLIN)
-        self._crowded = not self._alone()
-        self._spin = 0.0 if self._crowded else SPIN
+        self._spin = SPIN if self._alone() else 0.0

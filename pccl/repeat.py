@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 
-SPINS = 1000
-"""Looks at a member's word before the call is left to others"""
-CROWDED_SPINS = 200
-"""The same where members share cores: each time another process gets its turn"""
+SPINS = 20
+"""Looks at a member's word in a row, where every member of this host has a core to itself"""
+YIELDS = 100
+"""Looks after that, each of which lets another process have its turn: the scheduler may have put the member on this core"""
 
 
 class Repeat:
@@ -67,7 +67,7 @@ class Repeat:
         self._signature = call_signature(part, *manner)
         self._fold = arithmetic.fold
         self._quick = arithmetic.quick(part.dtype.numpy)
-        self._crowded = crowded
+        self._spins = 0 if crowded else SPINS
         self._go_on = go_on
         self._give_up = give_up
         numpy = part.dtype.numpy
@@ -133,12 +133,12 @@ class Repeat:
         least, void = state(n, phase), state(n, VOID)
         for words, at in self._words:
             i = at + 8 * slot
-            spins = CROWDED_SPINS if self._crowded else SPINS
+            spins = self._spins
             while words[i] < least:
                 spins -= 1
                 if spins < 0:
-                    return False
-                if self._crowded:
+                    if spins < -YIELDS:
+                        return False
                     os.sched_yield()
             if words[i + 1] != self._signature or words[i] >= void:
                 return False
