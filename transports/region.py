@@ -32,6 +32,8 @@ ASLEEP = 0
 """Index of the word by which the owner asks to be rung"""
 FIRST = 4096
 """Offset of what is free for use"""
+HUGE = 128 << 20
+"""Offset from which on pages may be huge: there is room for large things"""
 
 _SEALS = getattr(fcntl, "F_SEAL_SHRINK", 2) | getattr(fcntl, "F_SEAL_GROW", 4) | getattr(fcntl, "F_SEAL_SEAL", 1)
 _PR_SET_PTRACER = 0x59616D61
@@ -133,6 +135,7 @@ class Region(OwnShared):
             fcntl.fcntl(self.fd, getattr(fcntl, "F_ADD_SEALS", 1033), _SEALS)  # nobody can cut pages off under a reader
             self._map = mmap.mmap(self.fd, size)
             self._map.madvise(mmap.MADV_DONTFORK)
+            self._map.madvise(mmap.MADV_HUGEPAGE, HUGE)
             self.bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         except BaseException:
             os.close(self.fd)
@@ -194,6 +197,7 @@ class Neighbour(OtherShared):
         try:
             self._map = mmap.mmap(fd, os.fstat(fd).st_size, prot=mmap.PROT_READ)
             self._map.madvise(mmap.MADV_DONTFORK)
+            self._map.madvise(mmap.MADV_HUGEPAGE, HUGE)
             if pid > 0:
                 with contextlib.suppress(OSError):  # it has ended just now
                     self._pidfd = os.pidfd_open(pid)

@@ -10,6 +10,9 @@ from pccl.tools.child import Message
 from pccl.tools.stress.page import Phase
 from pccl.tools.stress.plan import Event
 
+PER_MEMBER = {"descriptors": 4, "sockets": 1}
+"""What a process holds for each other one of its host: a link, a mapped region, its bell, and a descriptor of the process"""
+
 
 class Violation(NamedTuple):
     """Something that must not be."""
@@ -150,7 +153,7 @@ class History:
         self.totals["steps"] += 1
         self.totals.update(m["counts"])
         # its links to fellow members apart
-        apart = {name: m["usage"][name] - len(m["uids"]) for name in ("descriptors", "sockets")}
+        apart = {name: m["usage"][name] - each * len(m["uids"]) for name, each in PER_MEMBER.items()}
         peer.samples.append(m["usage"] | apart)
         for recovery in [r for r in self._recovering if m["at"] > r[1] and (r[2] not in m["uids"] if r[2] >= 0 else _term(m) > -r[2])]:
             recovery[0].recovered = m["at"] - recovery[1]
