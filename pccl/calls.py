@@ -153,6 +153,31 @@ class Part:
             if memory is not None:
                 memory.hand_over()
 
+    @property
+    def given_count(self) -> int:
+        """Elements of the input; 0 if there is none."""
+        return 0 if self._x is None else self._x.count
+
+    @property
+    def reduction(self) -> ReduceOp:
+        """The operator."""
+        return self._op
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing has to be done to the input before it is sent, or to the result, but to copy them."""
+        converted = self._work is not self.dtype or self._op.name == "premul_sum" or self._quantization
+        return not (converted or self._inside or self.on_gpu)
+
+    def flat(self, route: Route) -> tuple[Array | None, Array | None, Any] | None:
+        """The caller's memory, and what was given for the result or is made for it; None if it is not in one piece."""
+        x, out = (self._x if route.gives else None), (self._out if route.gets else None)
+        if route.gets and out is None:
+            out = memory_of(allocate_like(self._like, self._like_shape(route.world)), "out", write=True)
+        if (x is not None and x.flat is None) or (out is not None and out.flat is None):
+            return None
+        return None if x is None else x.flat, None if out is None else out.flat, None if out is None else out.given
+
     # --- attempts ---------------------------------------------------------------------------------------------------
 
     def begin(self, engine: Engine, route: Route, key: CallKey, *, atomic: bool, lane: Lane | None = None, call: int = 0) -> Moving:

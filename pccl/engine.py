@@ -297,17 +297,19 @@ class Engine:
         comm: int,
         part: Part,
         how: Manner,
-        shape: tuple[int, ...],
-        go_on: Callable[[Any, int], Info],
-        give_up: Callable[[Any, int], None],
+        go_on: Callable[[Any, Part | None, int], Info],
+        give_up: Callable[[Any, Part | None, int], None],
     ) -> Repeat | None:
         """What there is to know of a small call that is made again and again; None if it does not go through shared memory."""
         membership, lane = self._peer.comms.get(comm) if self._peer else None, self.lanes.get(comm)
-        if membership is None or lane is None or not lane.complete or part.nbytes == 0 or not is_local(part):
+        if membership is None or lane is None or not lane.complete or not (is_local(part) and part.is_plain):
+            return None
+        route = self.routes.find(part.ask, membership.view, membership.uid, membership.broken, part.description, local=True)
+        if not route.errand or not route.errand.small:
             return None
         arithmetic = part.arithmetic(self.kernels, membership.view.world_size)
         crowded = not self._is_alone()
-        return Repeat(runtime, membership, lane, part, how, arithmetic, shape, crowded=crowded, go_on=go_on, give_up=give_up)
+        return Repeat(runtime, membership, lane, part, how, route, arithmetic, crowded=crowded, go_on=go_on, give_up=give_up)
 
     def abandon(self, comm: int, op: Collective, index: int) -> None:
         """Take on a call that its caller has begun in the place of this index and given up, and end it for all."""

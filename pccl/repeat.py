@@ -1,4 +1,4 @@
-"""Small all-reduces of blocking callers on one host, made again and again: all there is to find out about them was found out before.
+"""Small calls of blocking callers on one host, made again and again: all there is to find out about them was found out before.
 
 What is left are copies, a sum, and words in shared memory. Whatever is not as it was the last time (another epoch, calls in flight, a
 member that is late) is left to `Express`, which goes on with the call as it is.
@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import numpy.typing as npt
 
 from pccl.calls import call_signature
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from pccl.calls import Part, Reduction
     from pccl.express import Manner
     from pccl.protocol.member import Membership
+    from pccl.route import Route
     from pccl.runtime import ThreadRuntime
 
 Array = npt.NDArray[Any]
@@ -38,7 +38,7 @@ class Repeat:
 
     Args:
         part: the first such call.
-        shape: of its tensor.
+        route: through shared memory, for small calls.
         go_on: goes on with a call that is in the place of this index, and takes longer; its caller has the engine until it returns.
         give_up: has such a call end for all, since its caller was interrupted.
     """
@@ -50,13 +50,16 @@ class Repeat:
         lane: Lane,
         part: Part,
         manner: Manner,
+        route: Route,
         arithmetic: Reduction,
-        shape: tuple[int, ...],
         *,
         crowded: bool,
-        go_on: Callable[[Array, int], Info],
-        give_up: Callable[[Array, int], None],
+        go_on: Callable[[Any, Part | None, int], Info],
+        give_up: Callable[[Any, Part | None, int], None],
     ) -> None:
+        errand, dtype = route.errand, part.dtype.numpy
+        assert errand
+        self.route = route
         self._runtime = runtime
         self._membership = membership
         self._lane = lane
@@ -66,28 +69,39 @@ class Repeat:
         self._commits = manner.atomic
         self._signature = call_signature(part, *manner)
         self._fold = arithmetic.fold
-        self._quick = arithmetic.quick(part.dtype.numpy)
+        self._quick = arithmetic.quick(dtype)
         self._spins = 0 if crowded else SPINS
         self._go_on = go_on
         self._give_up = give_up
-        numpy = part.dtype.numpy
-
-        def tensor(memory: npt.NDArray[np.uint8]) -> Array:
-            return memory[: part.nbytes].view(numpy).reshape(shape)
-
         slots, world = range(LOCAL_CALLS), len(self._members)
-        self._inputs = [[tensor(lane.room_of(rank, n)) for rank in range(world)] for n in slots]
-        self._mine = [tensors[lane.rank] for tensors in self._inputs]
-        self._places = [lane.room_at(n) for n in slots]
-        self._results = [tensor(lane.aside(n, part.nbytes)) for n in slots]
-        self._words = [lane.words_of(rank) for rank in range(world) if rank != lane.rank]
+        inputs = [[lane.room_of(rank, n).view(dtype) for rank in range(world)] for n in slots]
+        count = part.given_count
+        self._mine = [each[lane.rank][:count] for each in inputs]
+        start, folded = errand.fold
+        self._parts = [[x[start : start + folded] for x in each] for each in inputs] if folded else []
+        self._folds = [lane.aside(n, folded * dtype.itemsize).view(dtype) for n in slots]
+        to = errand.folded_to
+        self._to = slice(to, to + folded) if folded and to >= 0 else None
+        self._copies = [
+            [(slice(p.to, p.to + p.elements), x[p.rank][p.start : p.start + p.elements]) for p in errand.copies] for x in inputs
+        ]
+        self._places = [lane.room_at(n) if errand.gives else 0 for n in slots]
+        words = {rank: lane.words_of(rank) for rank in range(world) if rank != lane.rank}
+        self._all_words = list(words.values())
+        needed = {p.rank for p in errand.copies}
+        self._needed = [at for rank, at in words.items() if self._commits or folded or rank in needed]
+        elements = folded * (world - 1) + sum(p.elements for p in errand.copies if p.rank != lane.rank)
+        self._moved = elements * dtype.itemsize
 
-    def __call__(self, x: Array) -> Info | None:
-        """Make the call in place. None: nothing has happened."""
-        runtime, flags = self._runtime, x.flags
-        if not (flags.c_contiguous and flags.writeable):
-            return None
-        begun = -1
+    def __call__(self, source: Array | None, target: Array | None, given: Any, part: Part | None = None) -> Info | None:
+        """Make the call. None: nothing has happened.
+
+        Args:
+            source, target: the caller's memory, flat.
+            given: what the caller gave for its result, or what that is put into.
+            part: the call, if it was made already.
+        """
+        runtime, begun = self._runtime, -1
         try:
             if not runtime.take_turn():
                 return None
@@ -98,23 +112,27 @@ class Repeat:
                 runtime.give_back()
                 return None
             slot = n % LOCAL_CALLS
-            self._mine[slot][...] = x
+            if source is not None:
+                self._mine[slot][:] = source
             begun = n
             membership.next_index = n + 1
             lane.enter(n, self._signature, self._places[slot])
-            if not self._all(slot, IN, n):
-                return self._go_on(x, n)
-            result = self._results[slot]
-            if self._quick:
-                self._quick(*self._inputs[slot], result)
-            else:
-                self._fold(result, self._inputs[slot], True)
+            if not self._all(self._needed, slot, IN, n):
+                return self._go_on(given, part, n)
+            if self._parts:
+                if self._quick:
+                    self._quick(*self._parts[slot], self._folds[slot])
+                else:
+                    self._fold(self._folds[slot], self._parts[slot], True)
+            for where, what in self._copies[slot]:
+                target[where] = what  # type: ignore[index]
             if self._commits:
                 lane.publish(n, DONE)
-                if not self._all(slot, DONE, n):
-                    return self._go_on(x, n)
+                if not self._all(self._all_words, slot, DONE, n):
+                    return self._go_on(given, part, n)
                 membership.committed(CallId(None, n), lane.anyone_waits(n))
-            x[...] = result
+            if self._to is not None:
+                target[self._to] = self._folds[slot]  # type: ignore[index]
             lane.publish(n, OUT)
             begun = -1
             runtime.give_back()
@@ -122,16 +140,15 @@ class Repeat:
             if runtime.has_turn:
                 with SignalsHeld():
                     if begun >= 0:
-                        self._give_up(x, begun)
+                        self._give_up(given, part, begun)
                     runtime.give_back()
             raise
-        nbytes = x.nbytes * len(self._words)
-        return Info(self._call, self._epoch, self._members, "local", nbytes, nbytes, time.perf_counter() - began, 1, x)
+        return Info(self._call, self._epoch, self._members, "local", self._moved, self._moved, time.perf_counter() - began, 1, given)
 
-    def _all(self, slot: int, phase: int, n: int) -> bool:
-        """Whether all others have come to a phase of the same call; waits a little."""
+    def _all(self, members: list[tuple[memoryview, int]], slot: int, phase: int, n: int) -> bool:
+        """Whether these have come to a phase of the same call; waits a little."""
         least, void = state(n, phase), state(n, VOID)
-        for words, at in self._words:
+        for words, at in members:
             i = at + 8 * slot
             spins = self._spins
             while words[i] < least:

@@ -119,8 +119,10 @@ class Communicator(Handle[Any]):
 
     def __init__(self, runtime: Runtime, comm: int, view: View, timeout: float | None) -> None:
         super().__init__(runtime, comm, view, timeout)
-        self._repeats: dict[tuple[Any, ...], Repeat | None] = {}
-        """Kinds of small calls that were made before, and what is known of them"""
+        self._repeats: dict[tuple[int, bool, bool], Repeat | None] = {}
+        """(signature, atomic, retry) of calls that were made before -> what is known of them, from the second time on"""
+        self._kinds: dict[tuple[Any, ...], Repeat] = {}
+        """(dtype, shape, operator, atomic) -> the same, of all-reduces of arrays in place"""
 
     def all_reduce(
         self,
@@ -137,33 +139,43 @@ class Communicator(Handle[Any]):
         if special or type(x) is not np.ndarray:
             return self._do(self._all_reduce(x, op, how, out=out, accumulate=accumulate, quantize=quantize), how)
         kind = (x.dtype, x.shape, op, how.get("atomic", True))
-        repeat = self._repeats.get(kind)
-        if repeat:
-            info = repeat(x)
+        repeat, flags = self._kinds.get(kind), x.flags
+        if repeat and flags.c_contiguous and flags.writeable:
+            flat = x if x.ndim == 1 else x.reshape(-1)
+            info = repeat(flat, flat, x)
             if info:
                 return info
         part = self._all_reduce(x, op, how)
         info = self._do(part, how)
-        if x.nbytes <= SMALL:
-            self._expect(kind, part, how, x.shape)
+        repeat = self._repeats.get((part.signature, kind[3], False))
+        if repeat:
+            self._kinds[kind] = repeat
         return info
 
-    def _expect(self, kind: tuple[Any, ...], part: Part, how: How, shape: tuple[int, ...]) -> None:
+    def _expect(self, kind: tuple[int, bool, bool], part: Part, how: How) -> None:
         """Such a call has been made: another one may come, and then many more."""
-        if kind not in self._repeats or len(self._repeats) > KEPT:
-            self._repeats = {} if len(self._repeats) > KEPT else self._repeats
+        if len(self._repeats) > KEPT:
+            self._forget_repeats()
+        if kind not in self._repeats:
             self._repeats[kind] = None
             return
         assert isinstance(self._runtime, ThreadRuntime)
-        manner, op = Manner(bool(how.get("atomic", True)), False), kind[2]
+        engine, reduction = self._runtime.engine, part.reduction
 
-        def go_on(x: Any, index: int) -> Any:
-            return self._express(self._all_reduce(x, op, how), how, index)
+        def made(given: Any, part: Part | None) -> Part:
+            return part or self._all_reduce(given, reduction, how)
 
-        def give_up(x: Any, index: int) -> None:
-            self._runtime.engine.abandon(self._comm, self._operation(self._all_reduce(x, op, how), how), index)
+        def go_on(given: Any, part: Part | None, index: int) -> Any:
+            return self._express(made(given, part), how, index)
 
-        self._repeats[kind] = self._runtime.engine.repeat(self._runtime, self._comm, part, manner, shape, go_on, give_up)
+        def give_up(given: Any, part: Part | None, index: int) -> None:
+            engine.abandon(self._comm, self._operation(made(given, part), how), index)
+
+        self._repeats[kind] = engine.repeat(self._runtime, self._comm, part, Manner(*kind[1:]), go_on, give_up)
+
+    def _forget_repeats(self) -> None:
+        self._repeats.clear()
+        self._kinds.clear()
 
     def update(self, *, timeout: float | None = ...) -> View:  # type: ignore[assignment]
         """Let in whoever waits, and hear who has gone. Every member has to call it."""
@@ -213,7 +225,7 @@ class Communicator(Handle[Any]):
         if self._closed:
             return
         self._closed = True
-        self._repeats.clear()
+        self._forget_repeats()
         if self._comm:
             self._runtime.post(self._runtime.engine.leave_sub, self._comm)
         else:
@@ -224,7 +236,7 @@ class Communicator(Handle[Any]):
         before = self._seen.epoch
         super()._see(op)
         if self._seen.epoch != before:
-            self._repeats.clear()
+            self._forget_repeats()
 
     def __enter__(self) -> Communicator:
         return self
@@ -237,7 +249,16 @@ class Communicator(Handle[Any]):
 
     def _do(self, part: Part, how: How) -> Any:
         if suits(part, how):
-            return self._express(part, how)
+            kind = (part.signature, bool(how.get("atomic", True)), bool(how.get("retry", False)))
+            repeat = self._repeats.get(kind)
+            flat = part.flat(repeat.route) if repeat else None
+            info = repeat(*flat, part) if repeat and flat else None
+            if info:
+                return info
+            info = self._express(part, how)
+            if not repeat and part.nbytes <= SMALL:
+                self._expect(kind, part, how)
+            return info
         op = self._operation(part, how)
         return self._start(op) if how.get("async_op") else self._run(op)
 
