@@ -115,11 +115,14 @@ class Decision(NamedTuple):
 
 
 class Standing(NamedTuple):
-    """How far a member is in a communicator: the last verdict that it has, and the index of its next untagged call."""
+    """How far a member is in a communicator: the last verdict that it has, the index of its next untagged call, and that of the last update
+    that it skipped, or -1.
+    """
 
     comm: int
     ack: int
     next_index: int
+    skipped: int
 
 
 class Claim(NamedTuple):

@@ -135,7 +135,7 @@ class Group:
                 peer.progress, self._moved_at = m.progress, now
             for s in m.standings:
                 if s.comm in self.ledgers:
-                    self.ledgers[s.comm].standing(peer.uid, s)
+                    self.ledgers[s.comm].standing(peer.uid, s, now)
         elif isinstance(m, Report):
             self._report(peer, m)
         elif isinstance(m, Ready):

@@ -156,7 +156,8 @@ class Ledger:
     def enter(self, uid: int, m: Enter, now: float) -> None:
         """A member has made a call."""
         if self._current(uid, m.epoch):
-            self._note_skip(uid, m, now)
+            if m.flags & Flag.AFTER_SKIP:
+                self._note_skip(uid, m.call.n - 1, now)
             call = self._claim(uid, m.call, m.signature, m.description, m.payload, now, m.flags)
             if call:
                 self._entered(uid, call)
@@ -166,7 +167,8 @@ class Ledger:
         if not self._current(uid, m.epoch):
             return
         self._acks[uid] = m.ack
-        self._note_skip(uid, m, now)
+        if m.flags & Flag.AFTER_SKIP:
+            self._note_skip(uid, m.call.n - 1, now)
         call = self.calls.get(m.call)
         if call and call.flags & Flag.PLAIN:
             call.done.add(uid)
@@ -226,11 +228,13 @@ class Ledger:
                     self._entered(claimant, call)
                 self._check_done(call)
 
-    def standing(self, uid: int, s: Standing) -> None:
+    def standing(self, uid: int, s: Standing, now: float) -> None:
         """A heartbeat says how far the member is."""
         if uid in self.members:
             self._acks[uid] = max(self._acks[uid], s.ack)
             self.standings[uid] = s.next_index
+            if s.skipped >= 0:
+                self._note_skip(uid, s.skipped, now)
 
     def report(self, uid: int, r: CommReport) -> None:
         """A survivor has stopped, and says what it knows."""
@@ -491,13 +495,12 @@ class Ledger:
         self._compare(call, now)
         return call
 
-    def _note_skip(self, uid: int, m: Enter | Done, now: float) -> None:
-        """The member has skipped the update just before this call: others may have made something else in its place."""
-        if m.flags & Flag.AFTER_SKIP:
-            self._skipped[uid] = m.call.n - 1
-            before = self.calls.get(CallId(None, m.call.n - 1))
-            if before and not before.verdict:
-                self._compare(before, now)
+    def _note_skip(self, uid: int, index: int, now: float) -> None:
+        """The member has skipped the update of this index: others may have made something else in its place."""
+        self._skipped[uid] = index
+        call = self.calls.get(CallId(None, index))
+        if call and not call.verdict:
+            self._compare(call, now)
 
     def _compare(self, call: Call, now: float) -> None:
         """Find out whether the members' calls in one place match."""

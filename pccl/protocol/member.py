@@ -83,6 +83,8 @@ class Membership:
         """Number of the communicator's last sync_state"""
         self.took_part = 0
         """Number of the last one that this member took part in"""
+        self.last_skip = -1
+        """Index of the last update that this member skipped"""
         self.next_uid = 0
         self._uses: dict[tuple[Tag, Pair | None], int] = {(t.tag, t.pair): t.uses for t in tags}
         self._records: dict[CallId, Record] = {}
@@ -511,6 +513,7 @@ class Membership:
         if state is State.ENDED:
             self._records.pop(record.id, None)
         elif state is State.SKIPPED:
+            self.last_skip = record.id.n
             self._skipped.append(record)
         elif state is State.COMMITTED and record.untagged:
             self._pass_skipped(record.id.n)

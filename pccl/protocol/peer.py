@@ -96,7 +96,7 @@ class Peer:
     def beat(self, progress: int) -> None:
         """The heartbeat interval has passed."""
         if self.standpoint in (Standpoint.PENDING, Standpoint.MEMBER):
-            self.host.send(Beat(progress, tuple(Standing(c.comm, c.ack, c.next_index) for c in self.comms.values())))
+            self.host.send(Beat(progress, tuple(Standing(c.comm, c.ack, c.next_index, c.last_skip) for c in self.comms.values())))
 
     def links_made(self, admission: int, failed: tuple[int, ...]) -> None:
         """Every link of an admission that was to be dialled is made, but for those to `failed`."""
