@@ -232,6 +232,11 @@ class Lane:
             self._give(slot)
 
     @property
+    def manner(self) -> str:
+        """In words, how data goes."""
+        return "reading each other's memory" if self.readable else "copying into shared memory, since the system forbids to read others'"
+
+    @property
     def complete(self) -> bool:
         """Every member has been seen in this epoch."""
         return len(self._found) == len(self.others)

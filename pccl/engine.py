@@ -20,6 +20,7 @@ from pccl.calls import Collective, Part, is_local
 from pccl.collectives.executor import Executor
 from pccl.collectives.flow import CallKey, Flow, Moving
 from pccl.collectives.lane import Commons, Lane
+from pccl.collectives.pull import LOCAL
 from pccl.collectives.quantize import Codec
 from pccl.collectives.reduction import Kernels
 from pccl.core import codec
@@ -35,7 +36,7 @@ from pccl.protocol.member import Membership
 from pccl.protocol.peer import ROOT, Peer, Standpoint
 from pccl.protocol.record import Outcome, Record
 from pccl.repeat import Repeat
-from pccl.route import Routes
+from pccl.route import Ask, Routes
 from pccl.staging import Pool
 from pccl.transports.base import ControlClient, Link, LinkHandler, LinkTicket, Refusal, Transport
 from pccl.transports.region import OtherShared, OwnShared
@@ -401,6 +402,27 @@ class Engine:
             membership.complete(op.record, self._loop.time())
             self._arm(membership)
 
+    def explain(self, comm: int, ask: Ask) -> str:
+        """How a call would run, and why."""
+        membership = self.membership(comm)
+        view, lane = membership.view, self.lanes.get(comm)
+        local = bool(lane) and ask.algorithm in ("auto", LOCAL)
+        route = self.routes.find(ask, view, membership.uid, membership.broken, ask.collective, local=local)
+        what = f"{ask.collective} of {ask.given * ask.itemsize} bytes among {route.world} members: {route.algorithm}"
+        if lane and route.errand:
+            how = "through slots in shared memory" if route.errand.small else lane.manner
+            return f"{what}, {how}; with atomic=True it commits there, without the master"
+        near = self._peer.near if self._peer else set()
+        apart = [m.name for m in view.members if m.uid not in near and m.uid != membership.uid]
+        if route.world == 1:
+            why = "nobody else is there"
+        elif lane:
+            why = "the algorithm says so"
+        else:
+            why = f"this member shares no memory with {', '.join(apart)}" if apart else "not all others share memory"
+        slices = f" in slices of {route.layout.slice_size * ask.itemsize} bytes" if route.layout else ""
+        return f"{what}{slices}, over links: {why}; with atomic=True the master commits it"
+
     def time(self) -> float:
         """The loop's, for deadlines."""
         return self._loop.time()
@@ -573,8 +595,7 @@ class Engine:
         others = {r: link.near for r, link in links.items() if link and link.near}
         if len(others) == len(membership.view.members) - 1:
             self.lanes[comm] = lane = Lane(self._commons, membership.epoch, mine, others)
-            how = "reading each other's memory" if lane.readable else "copying through shared memory: the system forbids to read it"
-            logger.info("communicator %d: all %d members are on this host, %s", comm, len(others) + 1, how)
+            logger.info("communicator %d: all %d members are on this host: %s", comm, len(others) + 1, lane.manner)
 
     def _check_links(self, view: View) -> None:
         """Complain of links that are missing without the master knowing."""

@@ -14,6 +14,7 @@ import numpy as np
 
 from pccl.calls import Collective, Part
 from pccl.collectives.planner import check_algorithm
+from pccl.collectives.schedules.meaning import COLLECTIVES, ROOTED, segments
 from pccl.collectives.tensors import Memory, Overlap, memory_of, overlap
 from pccl.core.dtypes import ReduceOp, reduce_op
 from pccl.core.errors import InvalidArgument
@@ -21,6 +22,7 @@ from pccl.core.options import check_timeout
 from pccl.core.quantization import Quantization, quantization
 from pccl.core.types import Member, Pair, Tag, View
 from pccl.operations import Operation, Split
+from pccl.route import Ask
 from pccl.runtime import Runtime, closed_error
 
 R = TypeVar("R")
@@ -406,6 +408,25 @@ class Handle(Collectives[R]):
     def world_size(self) -> int:
         """Number of members."""
         return self._seen.world_size
+
+    def explain(self, collective: str = "all_reduce", nbytes: int = 1 << 20, *, root: int = 0, algorithm: str = "auto") -> str:
+        """How an untagged call on float32 elements runs in the present membership, and why.
+
+        Args:
+            collective: "all_reduce", "reduce_scatter", "all_gather", "broadcast", "reduce", "gather", "scatter" or "all_to_all".
+            nbytes: of each member's input (of the root's output, for a gather).
+        """
+        known = [c for c in COLLECTIVES if c != "sendrecv"]
+        if collective not in known:
+            raise InvalidArgument(f"collective: one of {', '.join(known)} is needed, not {collective!r}")
+        if not _is_integer(nbytes) or nbytes < 4:
+            raise InvalidArgument(f"nbytes: at least the 4 bytes of a float32 are needed, not {nbytes!r}")
+        check_algorithm(collective, algorithm)
+        member, _ = self._root(root)
+        many = segments(collective, self.world_size).source
+        count = nbytes // 4 // many * many
+        ask = Ask(collective, algorithm, count, -1, 4, 0, member.uid if collective in ROOTED else -1, None)
+        return self._runtime.engine.explain(self._comm, ask)
 
     def __repr__(self) -> str:
         return f"<pccl {type(self).__name__} {self._comm}: {self._seen}{', closed' if self._closed else ''}>"

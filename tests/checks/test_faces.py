@@ -294,3 +294,14 @@ async def test_ctrl_c_while_connecting() -> None:
             if child.returncode is None:
                 child.kill()
                 await child.wait()
+
+
+async def test_a_communicator_explains_how_calls_run() -> None:
+    async with group(2, transport="auto") as near, group(2, transport="tcp") as apart:
+        assert "reading each other's memory" in near[0].explain()
+        assert "slots" in near[0].explain("broadcast", 1000, root=1)
+        assert "the algorithm says so" in near[0].explain(algorithm="ring")
+        assert f"shares no memory with {apart[0].view.members[1].name}" in apart[0].explain("reduce_scatter")
+        for wrong in ({"collective": "sendrecv"}, {"nbytes": 3}, {"root": 2}, {"algorithm": "no such"}):
+            with pytest.raises(pccl.InvalidArgument, match=next(iter(wrong))):
+                near[0].explain(**wrong)  # type: ignore[arg-type]
