@@ -37,8 +37,8 @@ _CALL = 4
 
 SMALL = 64 << 10
 """Bytes of input that fit into a slot."""
-LANES = 64
-"""Epochs of communicators, before one's place is used again."""
+LANES = 1024
+"""A communicator has up to two: for its epoch and for the one before."""
 
 _LINE = 64
 """Bytes of a slot's words: a cache line of its own"""
@@ -62,22 +62,35 @@ class Commons:
 
     def __init__(self, region: OwnShared) -> None:
         self.region = region
-        self._turn = 0
+        self._lanes: set[int] = set()
+        """Numbers of those in use"""
         self._taken: dict[int, int] = {}
         """offset -> bytes"""
         self._dirty = False
         self._idle_since: float | None = None
 
     def open_lane(self, epoch: Epoch) -> int:
-        """The offset of a lane for an epoch, from now on to be found by the others."""
-        offset = FIRST + self._turn * _LANE_BYTES
-        self._turn = (self._turn + 1) % LANES
+        """The offset of a lane for an epoch, from now on to be found by the others.
+
+        Raises:
+            MemoryError: there is none left.
+        """
+        number = next((k for k in range(LANES) if k not in self._lanes), None)
+        if number is None:
+            raise MemoryError(f"all {LANES} lanes are in use: this process has too many communicators on this host")
+        self._lanes.add(number)
+        offset = FIRST + number * _LANE_BYTES
         words, at = self.region.words, offset // 8
         words[at] = 0
         self.region.view(offset + _LINE, _LINE * RING)[:] = 0
         words[at + 1] = epoch.rid
         words[at] = _name(epoch)
         return offset
+
+    def close_lane(self, offset: int) -> None:
+        """Nobody will look for it any more."""
+        self.region.words[offset // 8] = 0
+        self._lanes.discard((offset - FIRST) // _LANE_BYTES)
 
     def take(self, nbytes: int) -> int:
         """The offset of free memory, in whole cache lines.
@@ -230,6 +243,12 @@ class Lane:
         """No member will read anything of this epoch any more."""
         for slot in range(RING):
             self._give(slot)
+        self.commons.close_lane(self._offset)
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether everyone is out of every call that this member has made."""
+        return all(not self._last[slot] or self._is_over(slot) for slot in range(RING))
 
     @property
     def manner(self) -> str:

@@ -114,7 +114,7 @@ def open_region() -> Region | None:
     if not supported():
         return None
     try:
-        return Region(ROOM + os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))  # only what is used takes room
+        return Region(ROOM, ROOM + os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))  # only what is used takes room
     except (OSError, ValueError) as e:
         logger.warning("no memory can be shared with other peers of this host (%s): they will be reached by TCP", e)
         return None

@@ -117,6 +117,8 @@ class Engine:
         """Of the communicators whose members all share memory"""
         self._past_lanes: dict[int, Lane] = {}
         """Those of their last epochs: somebody may still read there."""
+        self._left_lanes: list[Lane] = []
+        """Those of communicators that this member has left, likewise"""
         self._neighbours: dict[OtherShared, None] = {}
         self._stepping = False
         self.poller = Poller(client, self._links, self._is_alone, lambda e: self._complain("a handler failed", e), self.executor, region)
@@ -187,7 +189,7 @@ class Engine:
         await self._transport.close()
         self._spare = None
         self.pinned.drop()
-        self.lanes, self._past_lanes, self._commons = {}, {}, None
+        self.lanes, self._past_lanes, self._left_lanes, self._commons = {}, {}, [], None
         self._leave_neighbours()
         region, self._region = self._region, None
         if region:
@@ -573,7 +575,7 @@ class Engine:
     def _leave_neighbours(self) -> None:
         """Let go of those with whom there is neither a link nor a lane."""
         linked = {link.near for link in self._links()}
-        for lane in (*self.lanes.values(), *self._past_lanes.values()):
+        for lane in (*self.lanes.values(), *self._past_lanes.values(), *self._left_lanes):
             linked.update(lane.others.values())
         for gone in [other for other in self._neighbours if other not in linked]:
             del self._neighbours[gone]
@@ -583,6 +585,9 @@ class Engine:
         """Have a place in shared memory for a communicator's new epoch, if all its members do."""
         assert self._peer
         past, last = self._past_lanes.pop(comm, None), self.lanes.pop(comm, None)
+        for lane in [lane for lane in self._left_lanes if lane.is_quiet]:
+            self._left_lanes.remove(lane)
+            lane.close()
         if past:
             past.close()
         if last:
@@ -594,7 +599,12 @@ class Engine:
         links = {r: flows[m.uid].link for r, m in enumerate(membership.view.members) if r != mine and m.uid in flows}
         others = {r: link.near for r, link in links.items() if link and link.near}
         if len(others) == len(membership.view.members) - 1:
-            self.lanes[comm] = lane = Lane(self._commons, membership.epoch, mine, others)
+            try:
+                self.lanes[comm] = lane = Lane(self._commons, membership.epoch, mine, others)
+            except MemoryError as e:  # the others would wait for this member
+                self._out(Evicted(str(e)))
+                self._spawn(self._client.close())
+                return
             logger.info("communicator %d: all %d members are on this host: %s", comm, len(others) + 1, lane.manner)
 
     def _check_links(self, view: View) -> None:
@@ -755,8 +765,7 @@ class Engine:
             self._leaving_subs.discard(comm)
             left = comms.pop(comm)
             left.leave()
-            self.lanes.pop(comm, None)
-            self._past_lanes.pop(comm, None)
+            self._left_lanes += [lanes.pop(comm) for lanes in (self.lanes, self._past_lanes) if comm in lanes]
             self.executor.leave_epoch(left.epoch, [m.uid for m in left.view.members])
         if self._leaving and not self._left and not any(c.in_flight for c in comms.values()):
             self._left = True
@@ -814,9 +823,11 @@ class Engine:
     def _step(self) -> None:
         self._stepping = False
         region = self._region
-        if region is None or not self.executor.pulls:
+        if region is None:
             return
         region.sleeping(False)
+        if not self.executor.pulls:
+            return
         moved = self.executor.step()
         if not moved:
             region.sleeping(True)

@@ -32,8 +32,6 @@ ASLEEP = 0
 """Index of the word by which the owner asks to be rung"""
 FIRST = 4096
 """Offset of what is free for use"""
-HUGE = 128 << 20
-"""Offset from which on pages may be huge: there is room for large things"""
 
 _SEALS = getattr(fcntl, "F_SEAL_SHRINK", 2) | getattr(fcntl, "F_SEAL_GROW", 4) | getattr(fcntl, "F_SEAL_SEAL", 1)
 _PR_SET_PTRACER = 0x59616D61
@@ -124,18 +122,22 @@ def full_fence() -> None:
 class Region(OwnShared):
     """One's own region. Pages that are never touched cost nothing.
 
+    Args:
+        room: bytes for small things.
+        size: of all; what is behind the room may lie in huge pages.
+
     Raises:
         OSError: there can be none.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, room: int, size: int) -> None:
         self.fd = os.memfd_create("pccl", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(self.fd, size)
             fcntl.fcntl(self.fd, getattr(fcntl, "F_ADD_SEALS", 1033), _SEALS)  # nobody can cut pages off under a reader
             self._map = mmap.mmap(self.fd, size)
             self._map.madvise(mmap.MADV_DONTFORK)
-            self._map.madvise(mmap.MADV_HUGEPAGE, HUGE)
+            self._map.madvise(mmap.MADV_HUGEPAGE, -(-room // mmap.PAGESIZE) * mmap.PAGESIZE)
             self.bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         except BaseException:
             os.close(self.fd)
@@ -197,7 +199,6 @@ class Neighbour(OtherShared):
         try:
             self._map = mmap.mmap(fd, os.fstat(fd).st_size, prot=mmap.PROT_READ)
             self._map.madvise(mmap.MADV_DONTFORK)
-            self._map.madvise(mmap.MADV_HUGEPAGE, HUGE)
             if pid > 0:
                 with contextlib.suppress(OSError):  # it has ended just now
                     self._pidfd = os.pidfd_open(pid)
