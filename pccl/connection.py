@@ -78,7 +78,7 @@ def prepare(address: str, group: str, settings: Settings) -> Prepared:
 
         return Engine(
             ZmqClient(master, keypair=keypair, heartbeat_interval=options.heartbeat_interval, heartbeat_timeout=options.heartbeat_timeout),
-            TcpTransport(listen[0], listen[1] or 0, advertise=advertise),
+            TcpTransport(listen[0], listen[1] or 0, advertise=advertise, user_timeout=options.stall_timeout),
             group=group,
             name=text["name"] or f"{socket.gethostname()}:{os.getpid()}",
             host=host_identity(),

@@ -33,7 +33,7 @@ from pccl.protocol.member import Membership
 from pccl.protocol.peer import ROOT, Peer, Standpoint
 from pccl.protocol.record import Outcome, Record
 from pccl.route import Routes
-from pccl.transports.base import ControlClient, Link, LinkHandler, LinkTicket, Refusal, Transport
+from pccl.transports.base import ControlClient, Link, LinkHandler, LinkTicket, Refusal, Source, Transport
 
 logger = logging.getLogger("pccl")
 
@@ -616,6 +616,10 @@ class Engine:
         if self._peer and self.error is None:
             self._peer.link_lost(uid, str(error) or type(error).__name__, lacking=lacking)
 
+    def links_changed(self) -> None:
+        """A link has other descriptors than before."""
+        self.poller.forget()
+
     def flush_lazy_soon(self) -> None:
         """Send lazy credits after a while."""
         if self._lazy is None:
@@ -666,8 +670,8 @@ class Engine:
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
-    def _links(self) -> list[Link]:
-        return [flow.link for flow in self.executor.flows.values() if flow.link]
+    def _links(self) -> list[Source]:
+        return [source for flow in self.executor.flows.values() if flow.link for source in flow.link.sources()]
 
     def _is_alone(self) -> bool:
         """Whether every member of this host can have a core to itself."""

@@ -8,18 +8,10 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
+from pccl.transports.base import Source
+
 SPIN = 50e-6
 """Seconds of asking again and again before it sleeps, where every member of this host has a core to itself."""
-
-
-class Source(Protocol):
-    """A link, or the control client."""
-
-    def fileno(self) -> int:
-        """What to poll for reading; -1 if there is nothing."""
-
-    def receive(self) -> None:
-        """Take in what has come."""
 
 
 class Awaited(Protocol):

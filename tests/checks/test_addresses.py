@@ -29,7 +29,7 @@ needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6
 def dialled(comms: list[Communicator]) -> set[str]:
     """The addresses of the far ends of all links, where they were dialled."""
     links = [flow.link for c in comms for flow in c._runtime.engine.executor.flows.values() if flow.link]
-    return {link._wire._sock.getpeername()[0] for link in links}  # type: ignore[attr-defined]
+    return {link._first.wire._sock.getpeername()[0] for link in links}  # type: ignore[attr-defined]
 
 
 async def works(comms: list[Communicator]) -> None:
@@ -96,7 +96,7 @@ async def test_check_35_a_port_can_be_chosen_and_advertised() -> None:
         async with members(master.address, 1, **where) as first, newcomer(master.address, first) as new:
             await works([*first, new])
             (flow,) = new._runtime.engine.executor.flows.values()
-            assert flow.link._wire._sock.getpeername() == ("127.0.0.1", port)  # type: ignore[union-attr]
+            assert flow.link._first.wire._sock.getpeername() == ("127.0.0.1", port)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
