@@ -121,7 +121,7 @@ class WireLink(Link):
         """There is much to send: have a stripe for it, and see whether more are better."""
         self.watching = True
         if not self._stripes:
-            self._want(1)
+            self._want(self._growth.begin(self._first.wire.account()))
         self._look = self._loop.call_later(LOOK, self._watch)
 
     def _watch(self) -> None:

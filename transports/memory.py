@@ -53,9 +53,10 @@ class MemoryNetwork:
         for wire in self._wires.pop(node, []):
             wire.peer.reset_soon()
 
-    def reset(self, a: str, b: str) -> None:
-        """Break the streams between two nodes; both notice."""
-        for wire in [w for w in self._wires.get(a, []) if w.peer.node == b]:
+    def reset(self, a: str, b: str, choose: Callable[[list[MemoryWire]], MemoryWire] | None = None) -> None:
+        """Break the streams between two nodes, or the one that is chosen of them; both notice."""
+        wires = [w for w in self._wires.get(a, []) if w.peer.node == b]
+        for wire in [choose(wires)] if choose and wires else wires:
             wire.reset_soon()
             wire.peer.reset_soon()
 

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 from pccl.transports.wire import Account
 
+FAR = 0.01
+"""Seconds of round trip from which on a link begins with FAR_START stripes: there it takes seconds to find that one is not enough"""
+FAR_START = 4
 LEAST_SPAN = 0.5
 """Seconds of sending that are compared with another, at least"""
 LEAST_TRIPS = 8
@@ -22,11 +25,15 @@ class Growth:
         self._best = 0.0
         self._since: list[Account] = []
 
+    def begin(self, first: Account | None) -> int:
+        """What has become of the link's first wire so far -> how many stripes to begin with."""
+        return min(self._most, FAR_START if first and first.rtt >= FAR else 1)
+
     def look(self, stripes: Sequence[Account | None]) -> int:
         """What has become of each stripe so far -> how many there should be."""
         accounts = [account for account in stripes if account is not None]
         if len(accounts) < len(stripes):
-            return self._most
+            return self._most  # nobody can tell
         count = len(accounts)
         if count != len(self._since):
             self._since = accounts

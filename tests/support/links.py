@@ -41,7 +41,7 @@ class Side(Log, LinkHandler):
         self.outbox: deque[OutFrame] = deque()
         self.place: Callable[[Header], memoryview | None] = lambda header: memoryview(bytearray(header.length))
         self.link: WireLink | None = None
-        self._target: memoryview | None = None
+        self._targets: dict[Header, memoryview | None] = {}
         self.next_instead: Callable[[Link], OutFrame | None] | None = None
         self.sent_instead: Callable[[Link, OutFrame], object] | None = None
         self.ended_instead: Callable[[Link, Header, bool], object] | None = None
@@ -80,15 +80,15 @@ class Side(Log, LinkHandler):
             self.add("sent", frame)
 
     def frame_begun(self, link: Link, header: Header) -> memoryview | None:
-        self._target = self.place(header)
+        target = self._targets[header] = self.place(header)
         self.add("begun", header)
-        return self._target
+        return target
 
     def frame_ended(self, link: Link, header: Header, good: bool) -> None:
         if self.ended_instead:
             self.ended_instead(link, header, good)
             return
-        target, self._target = self._target, None
+        target = self._targets.pop(header, None)
         self.add("ended", header, (bytes(target) if target is not None else b"") if good else None)
 
     def link_lost(self, link: Link, error: Exception) -> None:
