@@ -10,12 +10,13 @@ from collections import deque
 from collections.abc import Callable
 
 from pccl.core.frames import HEADER_BYTES, MAX_PAYLOAD, SEAL_ABORTED, SEAL_BYTES, SEAL_GOOD, Header, Kind, pack_header, unpack_header
-from pccl.transports.base import OutFrame
+from pccl.transports.base import MOST_SMALL, OutFrame
 
 STAGE_BYTES = 16 << 10
 BATCH_FRAMES = 16
 """Frames that may be handed to the kernel at once."""
 BATCH_BYTES = 256 << 10
+FRAME_OVERHEAD = HEADER_BYTES + SEAL_BYTES
 FIRST_TOLD = int(Kind.DISCARDED)
 """From this kind on, headers speak of what was sent before them."""
 COPIED = 4 << 10
@@ -166,6 +167,8 @@ class FrameWriter:
         """Frames that are out, of which the handler has not heard"""
         self._had_all = False
         """At the last look there was nothing more to pull"""
+        self.large = False
+        """A large frame was pulled; for others to note"""
 
     def serve(self, pull: Callable[[], OutFrame | None] | None, sent: Callable[[OutFrame], None] | None) -> None:
         """Say whose frames to send; without anybody there are no more.
@@ -196,6 +199,8 @@ class FrameWriter:
             out = _Out(frame)
             self._queue.append(out)
             size += out.total
+            if out.total > MOST_SMALL + FRAME_OVERHEAD:
+                self.large = True
         if len(self._queue) == 1:
             return self._queue[0].rest() if self._queue[0].sent else self._queue[0].parts
         return [part for out in self._queue for part in out.rest()]

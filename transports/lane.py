@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from pccl.core.frames import Header
-from pccl.transports.base import MOST_SMALL, OutFrame
+from pccl.transports.base import OutFrame
 from pccl.transports.framing import STAGE_BYTES, FrameReader, FrameWriter
 from pccl.transports.wire import Wire
 
@@ -22,10 +22,10 @@ class LaneHost(Protocol):
     """The link."""
 
     watching: bool
-    """Whether it knows already that there is much to send."""
+    """Whether it knows already that there are large frames to send."""
 
-    def much(self) -> None:
-        """There is."""
+    def large(self) -> None:
+        """There are."""
 
     def lane_ended(self, lane: Lane) -> None:
         """The other side writes no more."""
@@ -130,8 +130,10 @@ class Lane:
                     return
                 self._woken = False
                 n = self.wire.write(buffers)
-                if n > MOST_SMALL and not self._host.watching:
-                    self._host.much()
+                if self.writer.large:
+                    self.writer.large = False
+                    if not self._host.watching:
+                        self._host.large()
                 self.writer.advance(n)
                 if self.writer.empty and not self._woken:
                     return

@@ -117,8 +117,8 @@ class WireLink(Link):
 
     # --- stripes ----------------------------------------------------------------------------------------------------
 
-    def much(self) -> None:
-        """There is much to send: have a stripe for it, and see whether more are better."""
+    def large(self) -> None:
+        """There are large frames to send: have a stripe for them, and see whether more are better."""
         self.watching = True
         if not self._stripes:
             self._want(self._growth.begin(self._first.wire.account()))
@@ -133,7 +133,7 @@ class WireLink(Link):
             self._want(self._growth.look(accounts))
         acked = sum(account.acked for account in accounts if account)
         if acked == self._acked:
-            self.watching = False  # until there is much again
+            self.watching = False  # until there are large frames again
         else:
             self._acked = acked
             self._look = self._loop.call_later(LOOK, self._watch)
@@ -145,7 +145,7 @@ class WireLink(Link):
             more = count - len(self._stripes) - self._dialling
             if more > 0:
                 self._dialling += more
-                self._dial(self, more)
+                self._loop.call_soon(self._dial, self, more)  # it may stand still now
         elif count > len(self._stripes) and (count > self._wanted or not self._stripes):
             self._wanted = count
             self._first.writer.push(Header(Kind.STRIPES, Epoch(0, 0, 0), position=count))

@@ -14,7 +14,7 @@ from unittest import mock
 
 from pccl.collectives import flow, planner
 from pccl.core.errors import ConnectError, PcclError
-from pccl.transports import lane, link
+from pccl.transports import framing, link
 from tests.sim.loop import VirtualLoop, bury
 from tests.sim.program import Book, Plan, Trainer, Violation
 from tests.sim.world import MASTER, Weather, World
@@ -203,7 +203,7 @@ def short_frames() -> Iterator[None]:
     planner.plan.cache_clear()
     with (
         mock.patch.object(flow, "MOST_SMALL", 2000),
-        mock.patch.object(lane, "MOST_SMALL", 2000),
+        mock.patch.object(framing, "MOST_SMALL", 2000),
         mock.patch.object(link, "LOOK", 0.001),
         mock.patch.object(planner, "SLICE", 16 << 10),
         mock.patch.object(planner, "LEAST_SLICE", 4 << 10),
