@@ -219,6 +219,10 @@ class Exchange:
         self.bytes_received += header.length
         return block
 
+    def is_due_credit(self, flow: Flow) -> bool:
+        """Nobody says so here."""
+        return False
+
     def credited(self, flow: Flow, header: Header) -> None:
         """Requests are small, and blocks have been asked for: nobody grants anything here."""
 

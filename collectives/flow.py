@@ -2,8 +2,8 @@
 
 Credits: a receiver that has entered a call grants each of its streams a place for so many bytes. Without that grant a sender sends
 at most 16 KiB of a call, and counts at most 1 MiB of all calls outstanding; a call's share comes back with its credit, with data of
-the same call (which shows that the peer has entered it), or with the receiver's word that it keeps nothing of it. So a reader never
-stops reading, and what it keeps is bounded.
+the same call where it needs none (which shows that the peer has entered it), or with the receiver's word that it keeps nothing of
+it. So a reader never stops reading, and what it keeps is bounded.
 """
 
 from __future__ import annotations
@@ -85,6 +85,9 @@ class Moving(Protocol):
 
     def in_stream(self, flow: Flow, header: Header) -> Incoming | None:
         """The slice that a frame brings; None if it does not belong here."""
+
+    def is_due_credit(self, flow: Flow) -> bool:
+        """Whether the peer will say CREDIT for this call, whatever else comes of it."""
 
     def credited(self, flow: Flow, header: Header) -> None:
         """The peer has a place for more of a stream."""
@@ -344,8 +347,11 @@ class Flow:
         return memoryview(aside)
 
     def _arrival(self, transfer: Moving, header: Header) -> Incoming | None:
-        """Which slice of a running transfer a frame brings; it says that the peer's call is running, too."""
-        if self._shares:
+        """Which slice of a running transfer a frame brings; it says that the peer's call is running, too.
+
+        A credit that is still to come is waited for: it would find the call gone, if that could do without.
+        """
+        if self._shares and not transfer.is_due_credit(self):
             self._return_share(transfer.key)
         return transfer.in_stream(self, header)
 

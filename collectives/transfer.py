@@ -348,11 +348,19 @@ class Transfer:
         rank = self._flows[flow]
         if rank not in self._met:  # it grants no more what it grants lazily, so what is sent from now on must not count as a share
             self._met.add(rank)
-            totals = {key: self.layout.out_totals[key] * self._item for key in self._outs if key[0] == rank}
-            if sum(totals.values()) <= UNCREDITED_PER_CALL:
-                for key, total in totals.items():
+            if not self.is_due_credit(flow):
+                for key, total in self._out_totals(rank).items():
                     self._outs[key].limit = total
         return arrival
+
+    def is_due_credit(self, flow: Flow) -> bool:
+        """If this rank sends it more than may go without."""
+        rank = self._flows.get(flow)
+        return rank is not None and sum(self._out_totals(rank).values()) > UNCREDITED_PER_CALL
+
+    def _out_totals(self, rank: int) -> dict[tuple[int, int], int]:
+        """What goes to a peer, in bytes by stream."""
+        return {key: self.layout.out_totals[key] * self._item for key in self._outs if key[0] == rank}
 
     def credited(self, flow: Flow, header: Header) -> None:
         """A peer has a place for more of a stream."""

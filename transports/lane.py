@@ -27,6 +27,9 @@ class LaneHost(Protocol):
     def large(self) -> None:
         """There are."""
 
+    def turned(self, lane: Lane) -> None:
+        """A whole turn was read: something more urgent may have come meanwhile."""
+
     def lane_ended(self, lane: Lane) -> None:
         """The other side writes no more."""
 
@@ -102,7 +105,10 @@ class Lane:
                 self._host.lane_ended(self)
                 return
             turn += n
-            if turn >= TURN_BYTES or n < sum(map(len, buffers)):
+            if turn >= TURN_BYTES:
+                self._host.turned(self)
+                return
+            if n < sum(map(len, buffers)):
                 return
 
     # --- writing ----------------------------------------------------------------------------------------------------

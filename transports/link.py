@@ -115,6 +115,11 @@ class WireLink(Link):
         """Seconds that sent data has waited for any acknowledgement, on any wire."""
         return max([lane.wire.silent_for() for lane in self._lanes])
 
+    def turned(self, lane: Lane) -> None:
+        """Large frames have kept the loop for a while: see whether small ones have come."""
+        if lane is not self._first:
+            self._first.receive()
+
     # --- stripes ----------------------------------------------------------------------------------------------------
 
     def large(self) -> None:
