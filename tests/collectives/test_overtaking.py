@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from pccl.collectives import flow as flow_module
 from pccl.collectives import planner
 from pccl.collectives.exchange import Want, _Blocks
+from pccl.collectives.transfer import Array
 from pccl.core.codec import WireError
 from pccl.core.frames import Header, Kind
 from tests.collectives import test_flow
@@ -103,10 +105,20 @@ def test_calls_whose_slices_come_in_any_order(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_an_abort_while_slices_are_under_way(seed: int) -> None:
-    """Nothing of it is left on either side, and the other calls go on."""
+    """Nothing of it is left on either side, its memory is not touched any more, and the other calls go on."""
     rng = random.Random(seed)
     pair = Pair(4, flow_module.UNCREDITED_PER_PEER)
     loosen(pair, rng)
+    kept: list[tuple[Array, Array]] = []
+
+    def keep(peer: Peer, hear: Callable[[int], None], call: int) -> None:
+        transfer = peer.running.get(call)
+        hear(call)
+        if transfer and transfer._target is not None:
+            kept.append((transfer._target, transfer._target.copy()))
+
+    for peer in pair.peers:
+        peer.hear_abort = partial(keep, peer, peer.hear_abort)  # type: ignore[method-assign]
     for _ in range(rng.randrange(60)):
         moves = pair.moves(1 << 10)
         if moves:
@@ -114,6 +126,7 @@ def test_an_abort_while_slices_are_under_way(seed: int) -> None:
     pair.aborted = {0, 2}
     settle(pair, rng)
     pair.assert_over()
+    assert all(np.array_equal(now, then) for now, then in kept)
     for peer in pair.peers:
         assert not peer.flow._incoming
         assert not peer.executor._dead[test_flow.EPOCH]
