@@ -1,7 +1,8 @@
 """Who lacks a block asks for it; who has it sends it. The data path of sync_state.
 
-A peer that fetches has at most a window of blocks under way, so everything that arrives has its place. Blocks come from each peer in the
-order in which they were asked for; a peer that is asked for what it has yet to fetch itself answers when it has it.
+A peer that fetches has at most a window of blocks under way, so everything that arrives has its place. Blocks are sent by each peer in the
+order in which they were asked for, which is how their positions in the stream are known; a peer that is asked for what it has yet to fetch
+itself answers when it has it. Requests are small frames, which keep their order.
 """
 
 from __future__ import annotations
@@ -72,23 +73,47 @@ class _Asks:
         self._buffer = bytearray()
 
 
-class _Blocks:
-    """Blocks from one peer, in the order in which they were asked for."""
+class _Block:
+    """One that comes in."""
 
-    def __init__(self, exchange: Exchange, uid: int) -> None:
-        self._exchange = exchange
-        self._uid = uid
-        self.due: deque[Want] = deque()
+    def __init__(self, blocks: _Blocks, want: Want) -> None:
+        self._blocks = blocks
+        self._want = want
 
     def place(self) -> memoryview:
-        return self._exchange.store.place(self.due[0])
+        return self._blocks.store.place(self._want)
 
     def arrived(self) -> None:
-        want = self.due.popleft()
-        self._exchange.store.came(want, self._uid)
+        self._blocks.due -= 1
+        self._blocks.store.came(self._want, self._blocks.uid)
 
     def voided(self) -> None:
         pass
+
+
+class _Blocks:
+    """Blocks that one peer was asked for."""
+
+    def __init__(self, store: Store, uid: int) -> None:
+        self.store = store
+        self.uid = uid
+        self.due = 0
+        """Blocks that have not come"""
+        self._end = 0
+        self._asked: dict[int, Want] = {}
+        """Where a block begins in the stream -> it"""
+
+    def ask(self, wants: list[Want]) -> None:
+        self.due += len(wants)
+        for want in wants:
+            self._asked[self._end] = want
+            self._end += len(self.store.place(want))
+
+    def take(self, position: int, length: int) -> _Block:
+        want = self._asked.pop(position, None)
+        if want is None or len(self.store.place(want)) != length:
+            raise WireError("a block that was not asked for")
+        return _Block(self, want)
 
 
 class _Out:
@@ -136,19 +161,19 @@ class Exchange:
         self._flows = {flow.uid: flow for flow in flows}
         self._mismatch = mismatch
         self._asks = {uid: _Asks(self, flow) for uid, flow in self._flows.items()}
-        self._blocks = {uid: _Blocks(self, uid) for uid in self._flows}
+        self._blocks = {uid: _Blocks(store, uid) for uid in self._flows}
         self._requests = {uid: _Out(self, ASK, 0) for uid in self._flows}
         self._replies = {uid: _Out(self, BLOCK, 1 << 62) for uid in self._flows}
 
     def ask(self, uid: int, wants: list[Want]) -> None:
         """Ask a peer for blocks, at most ASKED_AT_ONCE."""
-        self._blocks[uid].due.extend(wants)
+        self._blocks[uid].ask(wants)
         self._requests[uid].waiting.append(memoryview(msgpack.packb(wants)))
         self._flows[uid].offer(self._requests[uid])
 
     def due(self, uid: int) -> int:
         """Blocks that were asked of a peer and have not come."""
-        return len(self._blocks[uid].due)
+        return self._blocks[uid].due
 
     def serve(self, flow: Flow, wants: list[Want]) -> None:
         """A peer has asked for blocks."""
@@ -180,7 +205,7 @@ class Exchange:
         """Who leaves has seen the commit."""
         return False
 
-    def in_stream(self, flow: Flow, header: Header) -> _Asks | _Blocks | None:
+    def in_stream(self, flow: Flow, header: Header) -> _Asks | _Block | None:
         """Requests and blocks."""
         if header.signature != self.signature or flow.uid not in self._flows or header.channel not in (ASK, BLOCK):
             if not self.halted:
@@ -190,11 +215,13 @@ class Exchange:
             asks = self._asks[flow.uid]
             asks.prepare(header.length)
             return asks
-        blocks = self._blocks[flow.uid]
-        if not blocks.due or len(self.store.place(blocks.due[0])) != header.length:
-            raise WireError("a block that was not asked for")
+        block = self._blocks[flow.uid].take(header.position, header.length)
         self.bytes_received += header.length
-        return blocks
+        return block
+
+    def is_due_credit(self, flow: Flow) -> bool:
+        """Nobody says so here."""
+        return False
 
     def credited(self, flow: Flow, header: Header) -> None:
         """Requests are small, and blocks have been asked for: nobody grants anything here."""

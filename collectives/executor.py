@@ -37,6 +37,9 @@ class ExecutorHost(Protocol):
     def flow_broken(self, uid: int, error: Exception, *, lacking: bool) -> None:
         """The link to a peer is gone; data of it may have yet to come."""
 
+    def links_changed(self) -> None:
+        """What there is to receive from has changed."""
+
     def flush_lazy_soon(self) -> None:
         """Call `Executor.flush_lazy` in a few milliseconds."""
 
@@ -231,6 +234,10 @@ class Executor:
     def moved(self, n: int) -> None:
         """Payload bytes were received or sent."""
         self.progress += n
+
+    def link_changed(self) -> None:
+        """A link has other descriptors than before."""
+        self._host.links_changed()
 
     def link_lost(self, flow: Flow, error: Exception) -> None:
         """A link broke."""

@@ -2,8 +2,8 @@
 
 Credits: a receiver that has entered a call grants each of its streams a place for so many bytes. Without that grant a sender sends
 at most 16 KiB of a call, and counts at most 1 MiB of all calls outstanding; a call's share comes back with its credit, with data of
-the same call (which shows that the peer has entered it), or with the receiver's word that it keeps nothing of it. So a reader never
-stops reading, and what it keeps is bounded.
+the same call where it needs none (which shows that the peer has entered it), or with the receiver's word that it keeps nothing of
+it. So a reader never stops reading, and what it keeps is bounded.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 from pccl.core.codec import WireError
 from pccl.core.frames import HEADER_BYTES, SEAL_BYTES, Header, Kind
 from pccl.core.types import Epoch
-from pccl.transports.base import Link, OutFrame
+from pccl.transports.base import MOST_SMALL, Link, OutFrame
 
 UNCREDITED_PER_CALL = 16 << 10
 """Payload bytes of a call that may be sent to a peer that has not granted a place for them."""
@@ -32,10 +32,10 @@ class CallKey(NamedTuple):
 
 
 class Incoming(Protocol):
-    """What comes of one stream, in order."""
+    """A slice that comes in; of one stream several may be under way, and come in any order."""
 
     def place(self) -> memoryview:
-        """Where the next slice goes."""
+        """Where it goes."""
 
     def arrived(self) -> None:
         """It is there."""
@@ -84,7 +84,10 @@ class Moving(Protocol):
         """Whether data of this peer has yet to come, however the call goes on."""
 
     def in_stream(self, flow: Flow, header: Header) -> Incoming | None:
-        """The stream that a frame belongs to; None if it does not belong here."""
+        """The slice that a frame brings; None if it does not belong here."""
+
+    def is_due_credit(self, flow: Flow) -> bool:
+        """Whether the peer will say CREDIT for this call, whatever else comes of it."""
 
     def credited(self, flow: Flow, header: Header) -> None:
         """The peer has a place for more of a stream."""
@@ -108,6 +111,9 @@ class FlowHost(Protocol):
     def moved(self, n: int) -> None:
         """So many payload bytes were received or sent."""
 
+    def link_changed(self) -> None:
+        """A link reads from more or from fewer descriptors than before."""
+
     def link_lost(self, flow: Flow, error: Exception) -> None:
         """The link broke, or was closed for a breach of the protocol."""
 
@@ -126,6 +132,8 @@ class Flow:
         self.link: Link | None = None
         self._host = host
         self._ready: deque[Outgoing] = deque()
+        """Streams whose next slice is small; and large, next"""
+        self._large: deque[Outgoing] = deque()
         self._capped: list[Outgoing] = []
         """Streams that wait for shares to come back"""
         self._control: deque[Header] = deque()
@@ -138,7 +146,8 @@ class Flow:
         self._early_bytes = 0
         self._credits: dict[CallKey, list[Header]] = {}
         """Grants for calls that this peer has not entered yet"""
-        self._incoming: tuple[Moving, Incoming] | bytearray | None = None
+        self._incoming: dict[Header, tuple[Moving, Incoming] | bytearray] = {}
+        """Frames that are coming in"""
         self._unwanted: set[tuple[Epoch, int | None]] = set()
         """Calls, or whole epochs, that are over for the peer and not yet here: no share of them would ever come back"""
 
@@ -147,9 +156,12 @@ class Flow:
     def offer(self, stream: Outgoing) -> None:
         """A stream has a slice to send."""
         if not stream.queued:
-            stream.queued = True
-            self._ready.append(stream)
+            self._queue(stream)
             self._host.needs_flush(self)
+
+    def _queue(self, stream: Outgoing) -> None:
+        stream.queued = True
+        (self._ready if stream.head_bytes() <= MOST_SMALL else self._large).append(stream)
 
     def grant(self, key: CallKey, channel: int, limit: int, signature: int, *, lazy: bool) -> None:
         """Tell the peer that bytes up to `limit` of a stream have a place here."""
@@ -200,11 +212,14 @@ class Flow:
         """Let go of a transfer's memory."""
         if self.link:
             self.link.abort(transfer)
-            if isinstance(self._incoming, tuple) and self._incoming[0] is transfer:
-                self.link.redirect()
-        if isinstance(self._incoming, tuple) and self._incoming[0] is transfer:
-            self._incoming = None
+        for header, incoming in list(self._incoming.items()):
+            if isinstance(incoming, tuple) and incoming[0] is transfer:
+                del self._incoming[header]
+                if self.link:
+                    self.link.redirect(header)
+                incoming[1].voided()
         self._ready = deque(s for s in self._ready if s.transfer is not transfer)
+        self._large = deque(s for s in self._large if s.transfer is not transfer)
         self._capped = [s for s in self._capped if s.transfer is not transfer]
         self._lazy.pop(transfer.key, None)
 
@@ -235,8 +250,9 @@ class Flow:
         link, self.link = self.link, None
         if link:
             link.close()
-        self._incoming = None
+        self._incoming.clear()
         self._ready.clear()
+        self._large.clear()
         self._capped.clear()
         self._control.clear()
         self._lazy.clear()
@@ -246,25 +262,36 @@ class Flow:
 
     def wake(self) -> None:
         """Send what can be sent."""
-        if self.link and (self._ready or self._control):
+        if self.link and (self._ready or self._control or self._large):
             self.link.wake()
 
-    def next_frame(self, link: Link) -> OutFrame | None:
-        """Control frames first, then the slices of all streams in turn."""
-        if self._control:
-            return OutFrame(self._control.popleft(), None, None)
-        while self._ready:
-            stream = self._ready.popleft()
-            stream.queued = False
-            if not self._may_send(stream):
-                continue
-            frame = stream.pull()
-            self._lazy.pop(stream.transfer.key, None)  # data says as much
-            if stream.is_ready():
-                stream.queued = True
-                self._ready.append(stream)
-            return frame
+    def next_frame(self, link: Link, *, small: bool = True, large: bool = True) -> OutFrame | None:
+        """Control frames first, then small slices, then large ones, of all streams in turn."""
+        if small:
+            if self._control:
+                return OutFrame(self._control.popleft(), None, None)
+            while self._ready:
+                frame = self._pull(self._ready)
+                if frame:
+                    return frame
+        if large:
+            while self._large:
+                frame = self._pull(self._large)
+                if frame:
+                    return frame
         return None
+
+    def _pull(self, streams: deque[Outgoing]) -> OutFrame | None:
+        stream = streams.popleft()
+        stream.queued = False
+        if not self._may_send(stream):
+            return None
+        frame = stream.pull()
+        self._lazy.pop(stream.transfer.key, None)  # data says as much
+        if stream.is_ready():
+            self._queue(stream)
+            self._host.needs_flush(self)  # it may be another stripe's turn
+        return frame
 
     def _may_send(self, stream: Outgoing) -> bool:
         length = stream.head_bytes()
@@ -301,27 +328,30 @@ class Flow:
 
     def frame_begun(self, link: Link, header: Header) -> memoryview | None:
         """A slice comes in: to its place if its call is running, aside if that is not so far."""
-        self._incoming = None
         key = CallKey(header.epoch, header.call, header.sub)
         transfer = self._host.transfer(key)
         if transfer:
-            stream = self._stream(transfer, header)
-            if stream is None:
+            incoming = self._arrival(transfer, header)
+            if incoming is None:
                 return None
-            self._incoming = (transfer, stream)
-            return stream.place()
+            place = incoming.place()
+            self._incoming[header] = transfer, incoming
+            return place
         if self._host.is_over(key):
             return None
-        if self._early_bytes + header.length + FRAME_OVERHEAD > UNCREDITED_PER_PEER:
+        if self._early_bytes + header.length + FRAME_OVERHEAD > UNCREDITED_PER_PEER or header in self._incoming:
             self._breach("it sent more than it was allowed to without credit")
             return None
         self._early_bytes += header.length + FRAME_OVERHEAD
-        self._incoming = bytearray(header.length)
-        return memoryview(self._incoming)
+        aside = self._incoming[header] = bytearray(header.length)
+        return memoryview(aside)
 
-    def _stream(self, transfer: Moving, header: Header) -> Incoming | None:
-        """Which stream of a running transfer a frame belongs to; it says that the peer's call is running, too."""
-        if self._shares:
+    def _arrival(self, transfer: Moving, header: Header) -> Incoming | None:
+        """Which slice of a running transfer a frame brings; it says that the peer's call is running, too.
+
+        A credit that is still to come is waited for: it would find the call gone, if that could do without.
+        """
+        if self._shares and not transfer.is_due_credit(self):
             self._return_share(transfer.key)
         return transfer.in_stream(self, header)
 
@@ -332,7 +362,7 @@ class Flow:
 
     def _take(self, header: Header, good: bool) -> None:
         if header.kind == Kind.DATA:
-            incoming, self._incoming = self._incoming, None
+            incoming = self._incoming.pop(header, None)
             if isinstance(incoming, tuple):
                 self._host.moved(header.length)
                 if good:
@@ -368,18 +398,21 @@ class Flow:
 
     def redeliver(self, transfer: Moving, header: Header, data: bytearray) -> None:
         """Treat a frame that came early as if it came now; another one may be on its way in."""
-        stream = self._stream(transfer, header)
-        if stream is not None:
-            stream.place()[:] = data
+        incoming = self._arrival(transfer, header)
+        if incoming is not None:
+            incoming.place()[:] = data
             self._host.moved(header.length)
-            stream.arrived()
+            incoming.arrived()
+
+    def link_changed(self, link: Link) -> None:
+        """The link has other descriptors than before."""
+        self._host.link_changed()
 
     def link_lost(self, link: Link, error: Exception) -> None:
         """The link broke. Frames that came whole before are as good as ever: calls of a peer that left need no more."""
         if link is self.link:
             self.link = None
-            if isinstance(self._incoming, bytearray):
-                self._early_bytes -= len(self._incoming) + FRAME_OVERHEAD
+            self._early_bytes -= sum(len(aside) + FRAME_OVERHEAD for aside in self._incoming.values() if isinstance(aside, bytearray))
             self._cut()
             self._host.link_lost(self, error)
 

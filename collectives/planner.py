@@ -18,8 +18,8 @@ from pccl.core.errors import InvalidArgument
 from pccl.core.step import Schedule
 from pccl.topology import trees
 
-WINDOW = 16 << 20
-"""Bytes of slices that may lie in scratch or wait for their turn, per call."""
+WINDOW = 32 << 20
+"""Bytes of slices that may lie in scratch or wait for their turn, per call. They also bound what is under way: 1 Gbit/s over 100 ms."""
 ONE_SHOT = 64 << 10
 """All-reduces up to this size go to everyone at once: one hop instead of two or more."""
 SLICE = 1 << 20
@@ -105,9 +105,9 @@ def plan(
     if collective == "all_reduce" and algorithm == "direct" and nbytes <= ONE_SHOT and not block:
         cuts = 1
     if find(collective, algorithm).cyclic:
-        # scratch goes round in a circle: a part must stay below half of a stream's window
+        # scratch goes round in a circle: a part must stay well below a stream's window
         natural = natural_cuts(collective, algorithm, world)
-        cuts = natural * max(1, -(-nbytes // natural // (WINDOW // 4)))
+        cuts = natural * max(1, -(-nbytes // natural // (WINDOW // 8)))
     needs_root = collective in ROOTED or algorithm == "star"
     return Plan(build(collective, algorithm, world, root=max(root, 0) if needs_root else -1, cuts=cuts), slice_size)
 
@@ -133,9 +133,9 @@ def _choose(collective: str, nbytes: int, world: int, near: bool) -> str:
 
 
 def _slice(world: int, itemsize: int, block: int) -> int:
-    """Elements per slice: two from every peer have to fit into the window."""
+    """Elements per slice: four from every peer have to fit into the window."""
     largest = CODED_SLICE // block * itemsize if block else SLICE
-    return max(1, min(largest, max(LEAST_SLICE, WINDOW // (2 * world))) // itemsize)
+    return max(1, min(largest, max(LEAST_SLICE, WINDOW // (4 * world))) // itemsize)
 
 
 def _links(world: int, broken: Collection[tuple[int, int]]) -> np.ndarray[tuple[int, int], np.dtype[np.bool_]]:

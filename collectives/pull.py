@@ -236,6 +236,10 @@ class Pull:
         """No: who has made the call has left what the others need in memory that outlives it."""
         return False
 
+    def is_due_credit(self, flow: Flow) -> bool:
+        """There are none."""
+        return False
+
     def in_stream(self, flow: Flow, header: Header) -> None:
         """Nothing is sent in this call: the peer is in another one."""
         self._host.mismatch(self, flow.uid)

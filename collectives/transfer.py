@@ -21,6 +21,9 @@ from pccl.transports.base import OutFrame
 
 Array = npt.NDArray[np.generic]
 
+GRANTS = 8
+"""In so many parts a window is granted again: a sender can use all of it but one part per round trip."""
+
 
 class Arithmetic(Protocol):
     """The reduction of one call."""
@@ -71,10 +74,58 @@ class Undo:
         self._saved.clear()
 
 
-class InStream:
-    """What comes from one peer on one channel, in order."""
+class Arrival:
+    """A slice that comes in. Implements `Incoming`."""
 
-    __slots__ = ("_scratch", "_slice", "_unit", "channel", "flow", "limit", "position", "released", "total", "transfer", "units", "window")
+    __slots__ = ("_nbytes", "_s", "_scratch", "_stream", "_unit")
+
+    def __init__(self, stream: InStream, unit: Unit, s: int, nbytes: int) -> None:
+        self._stream = stream
+        self._unit = unit
+        self._s = s
+        self._nbytes = nbytes
+        self._scratch: npt.NDArray[np.uint8] | None = None
+
+    def place(self) -> memoryview:
+        """Where it goes: to its place if it is due there."""
+        unit, t = self._unit, self._stream.transfer
+        if unit.action == Action.RECEIVE and t.lies_as_sent(unit.use) and t.is_due(unit.use, self._s):
+            return t.writable_bytes(unit.use, self._s)
+        self._scratch = t.host.take_scratch(self._nbytes)
+        return self._scratch.data[: self._nbytes]
+
+    def arrived(self) -> None:
+        """It is there."""
+        stream = self._stream
+        stream.arrived += self._nbytes
+        stream.transfer.bytes_received += self._nbytes
+        stream.transfer.received(stream, self._unit, self._s, self._scratch, self._nbytes)
+
+    def voided(self) -> None:
+        """It was given up by its sender, or is not waited for any more."""
+        if self._scratch is not None:
+            self._stream.transfer.host.give_scratch(self._scratch)
+            self._scratch = None
+
+
+class InStream:
+    """What comes from one peer on one channel: sent in order, and taken as it comes."""
+
+    __slots__ = (
+        "_begun",
+        "_overtaken",
+        "_slice",
+        "_unit",
+        "arrived",
+        "channel",
+        "flow",
+        "limit",
+        "released",
+        "total",
+        "transfer",
+        "units",
+        "window",
+    )
 
     def __init__(self, transfer: Transfer, flow: Flow, channel: int, units: list[Unit], total: int, window: int) -> None:
         self.transfer = transfer
@@ -83,55 +134,47 @@ class InStream:
         self.units = units
         self.total = total
         self.window = window
-        self.position = 0
+        self.arrived = 0
+        """Bytes that are here"""
         self.released = 0
         """Bytes whose memory is free again"""
         self.limit = min(total, window)
+        self._begun = 0
+        """Where the next slice begins that is neither here nor overtaken"""
+        self._overtaken: dict[int, tuple[Unit, int, int]] = {}
+        """Where a slice begins that has yet to come after later ones -> it, and its length"""
         self._unit = 0
         self._slice = 0
-        self._scratch: npt.NDArray[np.uint8] | None = None
         self._skip_empty()
 
-    @property
-    def expected(self) -> int:
-        """Length of the next slice in bytes; 0 at the end."""
-        if self._unit == len(self.units):
-            return 0
-        return self.transfer.slice_bytes(self.units[self._unit].use.block, self._slice)
-
-    def place(self) -> memoryview:
-        """Where the next slice goes."""
-        unit, s, t = self.units[self._unit], self._slice, self.transfer
-        if unit.action == Action.RECEIVE and t.lies_as_sent(unit.use) and t.is_due(unit.use, s):
-            return t.writable_bytes(unit.use, s)
-        n = self.expected
-        self._scratch = t.host.take_scratch(n)
-        return self._scratch.data[:n]
-
-    def arrived(self) -> None:
-        """The next slice is where `place` said."""
-        unit, s = self.units[self._unit], self._slice
-        scratch, self._scratch = self._scratch, None
-        n = self.expected
-        self.position += n
-        self.transfer.bytes_received += n
-        self._slice += 1
-        self._skip_empty()
-        self.transfer.received(self, unit, s, scratch, n)
-
-    def voided(self) -> None:
-        """The next slice was given up by its sender: the call will be aborted."""
-        if self._scratch is not None:
-            self.transfer.host.give_scratch(self._scratch)
-            self._scratch = None
+    def take(self, position: int, nbytes: int) -> Arrival | None:
+        """The slice that is at this place in the stream; None if no such slice has yet to come."""
+        while self._begun <= position and self._unit < len(self.units):
+            unit, s = self.units[self._unit], self._slice
+            length = self.transfer.slice_bytes(unit.use.block, s)
+            if self._begun == position and length == nbytes:
+                self._advance(length)
+                return Arrival(self, unit, s, nbytes)
+            self._overtaken[self._begun] = unit, s, length
+            self._advance(length)
+        late = self._overtaken.get(position)
+        if late is None or late[2] != nbytes:
+            return None
+        del self._overtaken[position]
+        return Arrival(self, *late)
 
     def release(self, n: int) -> None:
         """The memory of so many bytes is free again."""
         self.released += n
         room = min(self.total, self.released + self.window)
-        if self.limit < room and (room == self.total or (room - self.limit) * 2 >= self.window):
+        if self.limit < room and (room == self.total or (room - self.limit) * GRANTS >= self.window):
             self.limit = room
             self.flow.grant(self.transfer.key, self.channel, room, self.transfer.signature, lazy=False)
+
+    def _advance(self, length: int) -> None:
+        self._begun += length
+        self._slice += 1
+        self._skip_empty()
 
     def _skip_empty(self) -> None:
         slices = self.transfer.layout.slices
@@ -288,8 +331,6 @@ class Transfer:
         for waiting in self._parked.values():
             for _, _, scratch, _ in waiting:
                 self.host.give_scratch(scratch)
-        for stream in self._ins.values():
-            stream.voided()
         self._scratch.clear()
         self._parked.clear()
 
@@ -315,24 +356,33 @@ class Transfer:
 
     def lacks(self, flow: Flow) -> bool:
         """The end of a stream."""
-        return any(stream.flow is flow and stream.position < stream.total for stream in self._ins.values())
+        return any(stream.flow is flow and stream.arrived < stream.total for stream in self._ins.values())
 
-    def in_stream(self, flow: Flow, header: Header) -> InStream | None:
-        """The stream that a frame belongs to; None if it is not of the same call."""
+    def in_stream(self, flow: Flow, header: Header) -> Arrival | None:
+        """The slice that a frame brings; None if it is not of the same call."""
         stream = self._ins.get((self._flows[flow], header.channel)) if flow in self._flows else None
-        right = stream and header.position == stream.position and header.length == stream.expected
-        if self.halted or not right or header.signature != self.signature:
-            if not self.halted:
-                self.host.mismatch(self, flow.uid)
+        if self.halted:
+            return None
+        arrival = stream.take(header.position, header.length) if stream and header.signature == self.signature else None
+        if arrival is None:
+            self.host.mismatch(self, flow.uid)
             return None
         rank = self._flows[flow]
         if rank not in self._met:  # it grants no more what it grants lazily, so what is sent from now on must not count as a share
             self._met.add(rank)
-            totals = {key: self.layout.out_totals[key] * self._item for key in self._outs if key[0] == rank}
-            if sum(totals.values()) <= UNCREDITED_PER_CALL:
-                for key, total in totals.items():
+            if not self.is_due_credit(flow):
+                for key, total in self._out_totals(rank).items():
                     self._outs[key].limit = total
-        return stream
+        return arrival
+
+    def is_due_credit(self, flow: Flow) -> bool:
+        """If this rank sends it more than may go without."""
+        rank = self._flows.get(flow)
+        return rank is not None and sum(self._out_totals(rank).values()) > UNCREDITED_PER_CALL
+
+    def _out_totals(self, rank: int) -> dict[tuple[int, int], int]:
+        """What goes to a peer, in bytes by stream."""
+        return {key: self.layout.out_totals[key] * self._item for key in self._outs if key[0] == rank}
 
     def credited(self, flow: Flow, header: Header) -> None:
         """A peer has a place for more of a stream."""

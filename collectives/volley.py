@@ -157,6 +157,10 @@ class Volley:
             return None
         return lane
 
+    def is_due_credit(self, flow: Flow) -> bool:
+        """A frame from it says as much."""
+        return False
+
     def credited(self, flow: Flow, header: Header) -> None:
         """The peer is in the call."""
         lane = self._lanes.get(flow)

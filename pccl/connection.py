@@ -90,10 +90,12 @@ def prepare(address: str, group: str, settings: Settings) -> Prepared:
         from pccl.transports.zmq_client import ZmqClient
 
         region = None if text["transport"] == "tcp" else open_region()
-        where = (listen[0], listen[1] or 0)
+        where, limit = (listen[0], listen[1] or 0), options.stall_timeout
         return Engine(
             ZmqClient(master, keypair=keypair, heartbeat_interval=options.heartbeat_interval, heartbeat_timeout=options.heartbeat_timeout),
-            HostTransport(*where, advertise=advertise, region=region) if region else TcpTransport(*where, advertise=advertise),
+            HostTransport(*where, advertise=advertise, user_timeout=limit, region=region)
+            if region
+            else TcpTransport(*where, advertise=advertise, user_timeout=limit),
             group=group,
             name=text["name"] or f"{socket.gethostname()}:{os.getpid()}",
             host=host_identity(),

@@ -38,7 +38,7 @@ from pccl.protocol.record import Outcome, Record
 from pccl.repeat import Repeat
 from pccl.route import Ask, Routes
 from pccl.staging import Pool
-from pccl.transports.base import ControlClient, Link, LinkHandler, LinkTicket, Refusal, Transport
+from pccl.transports.base import ControlClient, Link, LinkHandler, LinkTicket, Refusal, Source, Transport
 from pccl.transports.region import OtherShared, OwnShared
 
 if TYPE_CHECKING:
@@ -574,7 +574,7 @@ class Engine:
 
     def _leave_neighbours(self) -> None:
         """Let go of those with whom there is neither a link nor a lane."""
-        linked = {link.near for link in self._links()}
+        linked = {flow.link.near for flow in self.executor.flows.values() if flow.link}
         for lane in (*self.lanes.values(), *self._past_lanes.values(), *self._left_lanes):
             linked.update(lane.others.values())
         for gone in [other for other in self._neighbours if other not in linked]:
@@ -805,6 +805,10 @@ class Engine:
         if self._peer and self.error is None:
             self._peer.link_lost(uid, str(error) or type(error).__name__, lacking=lacking)
 
+    def links_changed(self) -> None:
+        """A link has other descriptors than before."""
+        self.poller.forget()
+
     def flush_lazy_soon(self) -> None:
         """Send lazy credits after a while."""
         if self._lazy is None:
@@ -882,8 +886,8 @@ class Engine:
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
-    def _links(self) -> list[Link]:
-        return [flow.link for flow in self.executor.flows.values() if flow.link]
+    def _links(self) -> list[Source]:
+        return [source for flow in self.executor.flows.values() if flow.link for source in flow.link.sources()]
 
     def _is_alone(self) -> bool:
         """Whether every member of this host can have a core to itself."""

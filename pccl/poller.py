@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
+from pccl.transports.base import Source
 from pccl.transports.region import OwnShared
 
 SPIN = 50e-6
@@ -16,16 +17,6 @@ SHARED_SPIN = 50e-6
 """Seconds of looking into shared memory again and again; each time others get their turn, so it does not need a core to itself."""
 LOOK = 50e-6
 """Seconds between two looks at everything else, while there is something to do in shared memory."""
-
-
-class Source(Protocol):
-    """A link, or the control client."""
-
-    def fileno(self) -> int:
-        """What to poll for reading; -1 if there is nothing."""
-
-    def receive(self) -> None:
-        """Take in what has come."""
 
 
 class Stepper(Protocol):

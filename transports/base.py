@@ -9,11 +9,14 @@ frames and tells of sent ones before it returns.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import NamedTuple, Protocol
 
 from pccl.core.frames import Header
 from pccl.transports.region import OtherShared
+
+MOST_SMALL = 64 << 10
+"""Payload bytes up to which frames are small: they keep their order. Larger ones may take other ways to the peer, and overtake."""
 
 
 class OutFrame(NamedTuple):
@@ -30,8 +33,8 @@ class OutFrame(NamedTuple):
 class LinkHandler(Protocol):
     """Whoever uses a link: it is asked for frames when there is room for them, and told what came."""
 
-    def next_frame(self, link: Link) -> OutFrame | None:
-        """What to send next, if anything."""
+    def next_frame(self, link: Link, *, small: bool = True, large: bool = True) -> OutFrame | None:
+        """What to send next, if anything: of frames of up to MOST_SMALL bytes and of larger ones those that are asked for."""
 
     def frame_sent(self, link: Link, frame: OutFrame) -> None:
         """The kernel has the whole frame: its memory is free again. Not called for a frame that `abort` has voided."""
@@ -42,12 +45,29 @@ class LinkHandler(Protocol):
     def frame_ended(self, link: Link, header: Header, good: bool) -> None:
         """A frame is complete. Not good: its sender voided it, and what was written is worthless."""
 
+    def link_changed(self, link: Link) -> None:
+        """The link has other `sources` than before."""
+
     def link_lost(self, link: Link, error: Exception) -> None:
         """The link ended by itself; the last call for it. A WireError says that the other side broke the protocol."""
 
 
+class Source(Protocol):
+    """Something to receive from."""
+
+    def fileno(self) -> int:
+        """What to poll for reading; -1 if there is nothing."""
+
+    def receive(self) -> None:
+        """Take in what has come."""
+
+
 class Link(ABC):
-    """A connection to one peer that has proved the epoch's secret; carries frames both ways, in order."""
+    """A connection to one peer that has proved the epoch's secret; carries frames both ways.
+
+    Frames without payload and small ones come in the order in which they were sent. A DISCARDED or MARK comes after everything that was
+    sent before it.
+    """
 
     uid: int
     """The peer's."""
@@ -62,6 +82,10 @@ class Link(ABC):
     def receive(self) -> None:
         """Take in what has come."""
 
+    def sources(self) -> Iterable[Source]:
+        """All that it receives from."""
+        return (self,)
+
     @abstractmethod
     def wake(self) -> None:
         """There may be frames to send. Sends what fits at once."""
@@ -71,8 +95,8 @@ class Link(ABC):
         """Let go of the memory of frames with this token, at once: one begun is completed from elsewhere and marked void."""
 
     @abstractmethod
-    def redirect(self) -> None:
-        """Let go of the memory that the frame now coming in was to go to, at once: the rest of it is dropped."""
+    def redirect(self, header: Header) -> None:
+        """Let go of the memory that this frame, which is coming in, was to go to, at once: the rest of it is dropped."""
 
     @abstractmethod
     def silent_for(self) -> float:

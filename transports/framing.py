@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from pccl.core.frames import HEADER_BYTES, MAX_PAYLOAD, SEAL_ABORTED, SEAL_BYTES, SEAL_GOOD, Header, pack_header, unpack_header
-from pccl.transports.base import OutFrame
+from pccl.core.frames import HEADER_BYTES, MAX_PAYLOAD, SEAL_ABORTED, SEAL_BYTES, SEAL_GOOD, Header, Kind, pack_header, unpack_header
+from pccl.transports.base import MOST_SMALL, OutFrame
 
 STAGE_BYTES = 16 << 10
 BATCH_FRAMES = 16
 """Frames that may be handed to the kernel at once."""
 BATCH_BYTES = 256 << 10
+FRAME_OVERHEAD = HEADER_BYTES + SEAL_BYTES
+FIRST_TOLD = int(Kind.DISCARDED)
+"""From this kind on, headers speak of what was sent before them."""
 COPIED = 4 << 10
 """Payload bytes up to which a copy costs less than a vector of buffers."""
 
@@ -42,15 +45,27 @@ class FrameReader:
         self._got = 0
         """Payload bytes of the present frame that have come"""
 
-    def serve(self, begun: Callable[[Header], memoryview | None] | None, ended: Callable[[Header, bool], None] | None) -> None:
+    def serve(
+        self,
+        begun: Callable[[Header], memoryview | None] | None,
+        ended: Callable[[Header, bool], None] | None,
+        told: Callable[[Header, bool], None] | None = None,
+    ) -> None:
         """Say who hears of frames; without anybody they are dropped.
 
         Args:
             begun: gets the header of a frame with a payload, returns where that goes, or None to drop it.
             ended: gets a frame's header and whether its payload is good.
+            told: in place of `ended` for DISCARDED, MARK and STRIPES.
         """
         self._begun = begun or _nobody
         self._ended = ended or _nobody
+        self._told = told or self._ended
+
+    @property
+    def present(self) -> Header | None:
+        """The frame whose payload is coming in."""
+        return self._header
 
     def buffers(self) -> list[memoryview]:
         """Where to read to: the first is to be filled before the second. Never empty."""
@@ -88,7 +103,7 @@ class FrameReader:
                 header = unpack_header(stage[self._start : self._start + HEADER_BYTES])
                 self._start += HEADER_BYTES
                 if not header.length:
-                    self._ended(header, True)
+                    (self._ended if header.kind < FIRST_TOLD else self._told)(header, True)
                     continue
                 self._header, self._got = header, 0
                 self._target = self._begun(header)
@@ -152,6 +167,8 @@ class FrameWriter:
         """Frames that are out, of which the handler has not heard"""
         self._had_all = False
         """At the last look there was nothing more to pull"""
+        self.large = False
+        """A large frame was pulled; for others to note"""
 
     def serve(self, pull: Callable[[], OutFrame | None] | None, sent: Callable[[OutFrame], None] | None) -> None:
         """Say whose frames to send; without anybody there are no more.
@@ -162,6 +179,12 @@ class FrameWriter:
         """
         self._pull = pull or _nobody
         self._sent = sent or _nobody
+
+    def push(self, header: Header) -> None:
+        """Send this after what was pulled already. `sent` does not hear of it."""
+        out = _Out(OutFrame(header, None, None))
+        out.void = True
+        self._queue.append(out)
 
     def buffers(self) -> list[memoryview | bytes]:
         """The bytes to send next, in order; empty if there are none."""
@@ -176,6 +199,8 @@ class FrameWriter:
             out = _Out(frame)
             self._queue.append(out)
             size += out.total
+            if out.total > MOST_SMALL + FRAME_OVERHEAD:
+                self.large = True
         if len(self._queue) == 1:
             return self._queue[0].rest() if self._queue[0].sent else self._queue[0].parts
         return [part for out in self._queue for part in out.rest()]

@@ -33,6 +33,9 @@ _CREDENTIALS = struct.Struct("3i")
 class UnixWire(TcpWire):
     """A connected UNIX socket: nothing gets lost on the way."""
 
+    def account(self) -> None:
+        """Nobody keeps one."""
+
     def silent_for(self) -> float:
         """Never silent: the other side's system is this one."""
         return 0.0
@@ -42,7 +45,7 @@ class UnixWire(TcpWire):
 
         The last word is the acceptor's: when the dialer has a link, both have.
         """
-        sock = self.socket
+        sock = self.connection
         pid, uid, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
         offer = region if uid == os.geteuid() else None
         if dialled:
@@ -121,8 +124,16 @@ class HostTransport(TcpTransport):
         region: what peers of this host may map.
     """
 
-    def __init__(self, host: str, port: int = 0, *, advertise: tuple[str, int | None] | None = None, region: Region | None) -> None:
-        super().__init__(host, port, advertise=advertise)
+    def __init__(
+        self,
+        host: str,
+        port: int = 0,
+        *,
+        advertise: tuple[str, int | None] | None = None,
+        user_timeout: float = 0.0,
+        region: Region | None,
+    ) -> None:
+        super().__init__(host, port, advertise=advertise, user_timeout=user_timeout)
         self._region = region
 
     async def _serve(self) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ class MemoryNetwork:
     Attributes:
         delay: (source, target) -> seconds that something takes from node to node, or None while it would be lost.
         piece: -> the most bytes that travel together next.
+        stripes: how many a link may have.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class MemoryNetwork:
     ) -> None:
         self.delay = delay
         self.piece = piece
+        self.stripes = 0
         self._listeners: dict[str, MemoryTransport] = {}
         self._wires: dict[str, list[MemoryWire]] = {}
         self._context = contextvars.Context()
@@ -51,9 +53,10 @@ class MemoryNetwork:
         for wire in self._wires.pop(node, []):
             wire.peer.reset_soon()
 
-    def reset(self, a: str, b: str) -> None:
-        """Break the streams between two nodes; both notice."""
-        for wire in [w for w in self._wires.get(a, []) if w.peer.node == b]:
+    def reset(self, a: str, b: str, choose: Callable[[list[MemoryWire]], MemoryWire] | None = None) -> None:
+        """Break the streams between two nodes, or the one that is chosen of them; both notice."""
+        wires = [w for w in self._wires.get(a, []) if w.peer.node == b]
+        for wire in [choose(wires)] if choose and wires else wires:
             wire.reset_soon()
             wire.peer.reset_soon()
 
@@ -102,6 +105,11 @@ class MemoryWire(Wire):
         self._moving = False
         self._unacked = 0
         self._acked_at = 0.0
+
+    @property
+    def stripes(self) -> int:
+        """What the network says."""
+        return self._network.stripes
 
     def notify_readable(self, callback: Callable[[], None] | None) -> None:
         """Have the callback run in the present context."""

@@ -7,12 +7,13 @@ import logging
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any, TypeVar
 
 from pccl.transports.base import Admit, Link, LinkHandler, LinkTicket, Refusal, Transport
 from pccl.transports.link import WireLink
 from pccl.transports.region import OtherShared
-from pccl.transports.wire import Wire, demand_proof, offer_proof
+from pccl.transports.wire import MAGIC, STRIPE_MAGIC, Proved, Wire, demand_proof, offer_proof
 
 T = TypeVar("T")
 
@@ -30,6 +31,8 @@ class StreamTransport(Transport):
     def __init__(self) -> None:
         self._links: dict[WireLink, None] = {}
         self._tasks: dict[asyncio.Task[None], None] = {}
+        self._numbers: dict[int, tuple[WireLink, LinkTicket]] = {}
+        """What stripes of accepted links prove"""
         self._strangers: Counter[str] = Counter()
         self._admit: Admit | None = None
         self._accepted: Callable[[Link], LinkHandler] | None = None
@@ -59,16 +62,33 @@ class StreamTransport(Transport):
                 for endpoint in endpoints:
                     try:
                         wire = await self._connect(endpoint)
-                        near = await self._proved(wire, self._introduce(wire, offer_proof(wire, ticket), dialled=True))
+                        stripes, near = await self._proved(wire, self._offer(wire, ticket))
                     except (Refusal, OSError, ValueError) as e:
                         errors.append(f"{endpoint}: {e}")
                         continue
-                    link = self._link(wire, ticket.acceptor, near[1])
+                    link = self._link(wire, ticket.acceptor, near, partial(self._dial_stripes, endpoint, stripes))
                     link.open(handler)
                     return link
         except TimeoutError:
             errors.append(f"no answer within {timeout:g} s")
         raise Refusal("; ".join(errors) or "no endpoint is known")
+
+    def _dial_stripes(self, endpoint: str, ticket: LinkTicket, link: WireLink, count: int) -> None:
+        for _ in range(count):
+            task = asyncio.get_running_loop().create_task(self._dial_stripe(endpoint, ticket, link))
+            self._tasks[task] = None
+            task.add_done_callback(self._tasks.pop)
+
+    async def _dial_stripe(self, endpoint: str, ticket: LinkTicket, link: WireLink) -> None:
+        try:
+            async with asyncio.timeout(PROOF_TIMEOUT):
+                wire = await self._connect(endpoint)
+                await self._proved(wire, offer_proof(wire, ticket, STRIPE_MAGIC))
+        except (Refusal, OSError, TimeoutError) as e:
+            logger.info("the link to peer %d gets no further stripe: %s", link.uid, e if str(e) else f"no answer in {PROOF_TIMEOUT:g} s")
+            link.add(None)
+            return
+        link.add(wire)
 
     async def close(self) -> None:
         """Stop accepting; closed links get their moment."""
@@ -95,12 +115,24 @@ class StreamTransport(Transport):
         assert self._accepted is not None
         try:
             async with asyncio.timeout(PROOF_TIMEOUT):
-                ticket, near = await self._proved(wire, self._introduce(wire, demand_proof(wire, self._admit), dialled=False))
+                proved, near = await self._proved(wire, self._demand(wire))
         except (Refusal, TimeoutError) as e:
             logger.info("a connection from %s was closed: %s", host, e if str(e) else f"it proved nothing within {PROOF_TIMEOUT:g} s")
             return
-        link = self._link(wire, ticket.dialer, near)
+        if proved.magic == STRIPE_MAGIC:
+            link, _ = self._numbers.get(proved.ticket.admission, (None, None))
+            if link:
+                link.add(wire)
+            else:  # it has ended meanwhile
+                wire.close()
+            return
+        link = self._link(wire, proved.ticket.dialer, near)
+        self._numbers[proved.stripes.admission] = link, proved.stripes
         link.open(self._accepted(link))
+
+    async def _admit_stripe(self, number: int, dialer: int, acceptor: int) -> LinkTicket | None:
+        _, ticket = self._numbers.get(number, (None, None))
+        return ticket if ticket and ticket[2:] == (dialer, acceptor) else None
 
     def _welcomed(self, task: asyncio.Task[None], wire: Wire, host: str) -> None:
         del self._tasks[task]
@@ -118,17 +150,28 @@ class StreamTransport(Transport):
             wire.close()
             raise
 
-    async def _introduce(self, wire: Wire, proof: Coroutine[Any, Any, T], *, dialled: bool) -> tuple[T, OtherShared | None]:
-        return await proof, await self._meet(wire, dialled=dialled)
+    async def _offer(self, wire: Wire, ticket: LinkTicket) -> tuple[LinkTicket, OtherShared | None]:
+        return await offer_proof(wire, ticket), await self._meet(wire, dialled=True)
+
+    async def _demand(self, wire: Wire) -> tuple[Proved, OtherShared | None]:
+        assert self._admit is not None
+        proved = await demand_proof(wire, {MAGIC: self._admit, STRIPE_MAGIC: self._admit_stripe})
+        return proved, await self._meet(wire, dialled=False) if proved.magic == MAGIC else None
 
     async def _meet(self, wire: Wire, *, dialled: bool) -> OtherShared | None:
         """What the other side shares with this process, if both are on one host."""
         return None
 
-    def _link(self, wire: Wire, uid: int, near: OtherShared | None) -> WireLink:
-        link = WireLink(wire, uid, near=near, closed=self._forget)
+    def _link(self, wire: Wire, uid: int, near: OtherShared | None, dial: Callable[[WireLink, int], None] | None = None) -> WireLink:
+        link = WireLink(wire, uid, near=near, closed=self._forget, stripes=self._stripes_on(wire), dial=dial)
         self._links[link] = None
         return link
 
+    def _stripes_on(self, wire: Wire) -> int:
+        """How many a link may have that begins with this wire."""
+        return wire.stripes
+
     def _forget(self, link: WireLink) -> None:
         del self._links[link]
+        for number in [n for n, (known, _) in self._numbers.items() if known is link]:
+            del self._numbers[number]

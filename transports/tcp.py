@@ -11,13 +11,13 @@ import socket
 import struct
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from pccl.core.address import is_loopback, join
 from pccl.core.errors import ConnectError
 from pccl.transports import fork
 from pccl.transports.streams import StreamTransport
-from pccl.transports.wire import Wire
+from pccl.transports.wire import Account, Wire
 
 logger = logging.getLogger("pccl.link")
 
@@ -26,26 +26,76 @@ ACCEPT_PAUSE = 1.0
 """Seconds without accepting after the descriptors have run out."""
 IOV_MAX = 1024
 
-_UNACKED = struct.Struct("=I")
-_UNACKED_AT, _LAST_ACK_AT = 24, 56
-"""Offsets in Linux's tcp_info of tcpi_unacked (segments) and tcpi_last_ack_recv (ms)."""
+UNSENT = 512 << 10
+"""Bytes that the kernel takes beyond what the path does: enough to keep it busy between two turns of the loop."""
+STRIPES = 16
+"""Connections for large frames that a link to another host may have; within a host one is as fast as many."""
+KEEPALIVE = 60
+"""Seconds of silence after which the kernel asks whether the path is still there: firewalls forget what is idle for minutes."""
+_CONGESTION = "bbr"
+_TCP_NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 25)
+
+_INFO_BYTES = 192
+_UINT, _ULONG = struct.Struct("=I"), struct.Struct("=Q")
+_PROBES_AT, _UNACKED_AT, _LAST_ACK_AT = 3, 24, 56
+"""Offsets in Linux's tcp_info of tcpi_probes (of a closed window, unanswered), tcpi_unacked (segments) and tcpi_last_ack_recv (ms)."""
+_RTT_AT, _ACKED_AT, _BUSY_AT, _HELD_BACK_AT = 68, 120, 168, 176
+"""Likewise of tcpi_rtt (us), tcpi_bytes_acked, tcpi_busy_time and tcpi_rwnd_limited (us)."""
 
 
 class TcpWire(Wire):
-    """A connected TCP socket."""
+    """A connected TCP socket.
 
-    def __init__(self, sock: socket.socket) -> None:
+    Buffers are left to the kernel, which makes them as large as the path needs; setting them would end that.
+
+    Args:
+        user_timeout: seconds after which the kernel gives up what it cannot deliver; 0 leaves that to the system. It does so, too, where a
+            receiver does not read, however well its host acknowledges.
+    """
+
+    _without: ClassVar[bool] = False
+    """That congestion control cannot be had was logged."""
+
+    def __init__(self, sock: socket.socket, *, user_timeout: float = 0.0) -> None:
         sock.setblocking(False)
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._near = is_near(sock)
+        if not self._near:
+            self._tune(sock, user_timeout)
         fork.guard(sock.fileno())
         self._sock: socket.socket | None = sock
         self._fd = sock.fileno()
         self._loop = asyncio.get_running_loop()
         self._unacked_since: float | None = None
 
+    def _tune(self, sock: socket.socket, user_timeout: float) -> None:
+        """Ask for what helps on a path that is long, lossy or shared. None of it is needed."""
+        if not sys.platform.startswith("linux"):
+            return
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, _CONGESTION.encode())
+        except OSError as e:
+            if not TcpWire._without:
+                TcpWire._without = True
+                logger.info(
+                    "links do without %s congestion control (%s): on long or lossy paths they are faster with it "
+                    "(sysctl net.ipv4.tcp_allowed_congestion_control)",
+                    _CONGESTION.upper(),
+                    e.strerror,
+                )
+        for level, option, value in (
+            (socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, UNSENT),
+            (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(min(user_timeout * 1000, 0x7FFFFFFF))),
+            (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+            (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE),
+            (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE // 4),
+        ):
+            with contextlib.suppress(OSError):
+                sock.setsockopt(level, option, value)
+
     @property
-    def socket(self) -> socket.socket:
+    def connection(self) -> socket.socket:
         """The socket; OSError once it is closed."""
         return self._sock or self._closed()
 
@@ -69,21 +119,21 @@ class TcpWire(Wire):
 
     def read(self, buffers: Sequence[memoryview]) -> int:
         """Read what is there."""
-        sock = self.socket
+        sock = self.connection
         if len(buffers) == 1:
             return sock.recv_into(buffers[0])
         return sock.recvmsg_into(buffers)[0]
 
     def write(self, buffers: Sequence[memoryview | bytes]) -> int:
         """Hand the kernel what it takes."""
-        sock = self.socket
+        sock = self.connection
         if len(buffers) == 1:
             return sock.send(buffers[0])
         return sock.sendmsg(buffers[:IOV_MAX])
 
     def shutdown(self) -> None:
         """End this direction."""
-        self.socket.shutdown(socket.SHUT_WR)
+        self.connection.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
         """End both."""
@@ -94,22 +144,38 @@ class TcpWire(Wire):
             self._sock.close()
             self._sock = None
 
+    @property
+    def stripes(self) -> int:
+        """One within a host, so that small frames do not wait behind large ones."""
+        return 1 if self._near else STRIPES
+
+    def account(self) -> Account | None:
+        """The kernel's own; None where there is none (not Linux, or an old one)."""
+        if self._sock is None or not sys.platform.startswith("linux"):
+            return None
+        info = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_BYTES)
+        if len(info) < _INFO_BYTES:
+            return None
+        acked, busy, held_back = (_ULONG.unpack_from(info, at)[0] for at in (_ACKED_AT, _BUSY_AT, _HELD_BACK_AT))
+        return Account(acked, busy / 1e6, held_back / 1e6, _UINT.unpack_from(info, _RTT_AT)[0] / 1e6)
+
     def silent_for(self) -> float:
         """How long TCP has waited for an acknowledgement, from the kernel's own account; always 0 where there is none (not Linux).
 
-        A closed window is acknowledged, too, so a peer that does not read is not silent.
+        A closed window is acknowledged, too, and so is a probe whether it is open again: a peer that does not read is not silent.
         """
         if self._sock is None or not sys.platform.startswith("linux"):
             return 0.0
-        info = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
-        unacked, last_ack = _UNACKED.unpack_from(info, _UNACKED_AT)[0], _UNACKED.unpack_from(info, _LAST_ACK_AT)[0] / 1000
+        info = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_BYTES)
+        outstanding = _UINT.unpack_from(info, _UNACKED_AT)[0] or info[_PROBES_AT]
+        last_ack: float = _UINT.unpack_from(info, _LAST_ACK_AT)[0] / 1000
         now = self._loop.time()
-        if not unacked:
+        if not outstanding:
             self._unacked_since = None
             return 0.0
         if self._unacked_since is None:
             self._unacked_since = now
-        return min(float(last_ack), now - self._unacked_since)  # the last acknowledgement may be older than the data
+        return min(last_ack, now - self._unacked_since)  # the last acknowledgement may be older than the data
 
     def _closed(self) -> NoReturn:
         raise ConnectionAbortedError("the link is closed")
@@ -122,10 +188,14 @@ class TcpTransport(StreamTransport):
         host: where to listen: an address or name; "" for every interface, IPv6 and IPv4.
         port: 0 for any.
         advertise: ``host`` or ``host:port`` that others are to dial, where that differs (a NAT, a container).
+        user_timeout: as for TcpWire; not below the time that a peer's interpreter may be held.
     """
 
-    def __init__(self, host: str = "127.0.0.1", port: int = 0, *, advertise: tuple[str, int | None] | None = None) -> None:
+    def __init__(
+        self, host: str = "127.0.0.1", port: int = 0, *, advertise: tuple[str, int | None] | None = None, user_timeout: float = 0.0
+    ) -> None:
         super().__init__()
+        self._user_timeout = user_timeout
         self._host = host
         self._port = port
         self._advertise = advertise
@@ -180,7 +250,7 @@ class TcpTransport(StreamTransport):
             sock.close()
             raise
         self._warn(address)
-        return TcpWire(sock)
+        return TcpWire(sock, user_timeout=self._user_timeout)
 
     def _accept(self, listener: socket.socket) -> None:
         for _ in range(ACCEPTS_AT_ONCE):
@@ -201,7 +271,7 @@ class TcpTransport(StreamTransport):
         """The wire of a connection that came in, and the host that it came from."""
         host = peer[0].removeprefix("::ffff:")
         self._warn(host)
-        return TcpWire(sock), host
+        return TcpWire(sock, user_timeout=self._user_timeout), host
 
     def _listen_again(self, listener: socket.socket) -> None:
         if listener in self._listeners:
@@ -212,6 +282,16 @@ class TcpTransport(StreamTransport):
         if not self._warned and not is_loopback(host):
             self._warned = True
             logger.warning("payloads to and from %s are not encrypted: use a private network or a VPN", host)
+
+
+def is_near(sock: socket.socket) -> bool:
+    """Whether a connected socket's other end is on this host."""
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return True
+    try:
+        return bool(sock.getsockname()[:1] == sock.getpeername()[:1])
+    except OSError:  # it is no longer connected
+        return True
 
 
 async def resolve(host: str, port: int) -> list[str]:

@@ -2,7 +2,8 @@
 know an admission's secret before anything else is believed.
 
 The proof: both sides send 16 random bytes, and each then shows HMAC-SHA256 over the whole exchange and its own role, keyed with the secret,
-which itself never travels. A dialer speaks first, so that an idle stranger costs nothing but a deadline.
+which itself never travels. A dialer speaks first, so that an idle stranger costs nothing but a deadline. From the same exchange both derive
+the number and the secret by which more wires of this link, its stripes, are proved in the same way, also when the admission is long over.
 """
 
 from __future__ import annotations
@@ -13,20 +14,44 @@ import hmac
 import os
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 from pccl.transports.base import Admit, LinkTicket, Refusal
 
 HELLO = struct.Struct("!8sHQII16s")
 MAGIC = b"PCCLlink"
-VERSION = 1
+STRIPE_MAGIC = b"PCCLstrp"
+VERSION = 2
 NONCE_BYTES = 16
 PROOF_BYTES = 32
 WELCOME = b"ok"
 
 
+class Account(NamedTuple):
+    """What has become of the bytes that were written to a wire, in all so far."""
+
+    acked: int
+    """Bytes that the other host has acknowledged"""
+    busy: float
+    """Seconds in which there were some to be"""
+    held_back: float
+    """Seconds of these in which the receiver was what they waited for"""
+    rtt: float
+    """The round trip at present, in seconds"""
+
+
 class Wire(ABC):
     """One end of a stream of bytes."""
+
+    @property
+    def stripes(self) -> int:
+        """How many more of this kind at most are of use to a link."""
+        return 0
+
+    def account(self) -> Account | None:
+        """Of what was written so far; None if nobody keeps one."""
+        return None
 
     def fileno(self) -> int:
         """See `Link.fileno`."""
@@ -71,13 +96,16 @@ class Wire(ABC):
         """See `Link.silent_for`."""
 
 
-async def offer_proof(wire: Wire, ticket: LinkTicket) -> None:
-    """The dialer's side.
+async def offer_proof(wire: Wire, ticket: LinkTicket, magic: bytes = MAGIC) -> LinkTicket:
+    """The dialer's side; returns the ticket for stripes.
+
+    Args:
+        magic: MAGIC for a link, STRIPE_MAGIC for a stripe of one.
 
     Raises:
         Refusal: the other side does not know the secret, or hung up.
     """
-    hello = HELLO.pack(MAGIC, VERSION, ticket.admission, ticket.dialer, ticket.acceptor, os.urandom(NONCE_BYTES))
+    hello = HELLO.pack(magic, VERSION, ticket.admission, ticket.dialer, ticket.acceptor, os.urandom(NONCE_BYTES))
     await write_all(wire, hello)
     reply = await read_exactly(wire, NONCE_BYTES + PROOF_BYTES)
     said = hello + reply[:NONCE_BYTES]
@@ -86,19 +114,32 @@ async def offer_proof(wire: Wire, ticket: LinkTicket) -> None:
     await write_all(wire, _proof(ticket.secret, b"dialer", said))
     if await read_exactly(wire, len(WELCOME)) != WELCOME:
         raise Refusal("the other side did not accept the proof")
+    return _stripe_ticket(ticket, said)
 
 
-async def demand_proof(wire: Wire, admit: Admit) -> LinkTicket:
-    """The acceptor's side; returns what was proved.
+class Proved(NamedTuple):
+    """What a dialer has shown."""
+
+    magic: bytes
+    ticket: LinkTicket
+    stripes: LinkTicket
+    """What its stripes will show"""
+
+
+async def demand_proof(wire: Wire, admit: Mapping[bytes, Admit]) -> Proved:
+    """The acceptor's side.
+
+    Args:
+        admit: by the magic of the hello.
 
     Raises:
         Refusal: the stranger is none of ours.
     """
     hello = await read_exactly(wire, HELLO.size)
     magic, version, admission, dialer, acceptor, _ = HELLO.unpack(hello)
-    if magic != MAGIC or version != VERSION:
+    if magic not in admit or version != VERSION:
         raise Refusal("this is no pccl peer")
-    ticket = await admit(admission, dialer, acceptor)
+    ticket = await admit[magic](admission, dialer, acceptor)
     if ticket is None:
         raise Refusal(f"nobody expects peer {dialer} in admission {admission}")
     nonce = os.urandom(NONCE_BYTES)
@@ -107,7 +148,13 @@ async def demand_proof(wire: Wire, admit: Admit) -> LinkTicket:
     if not hmac.compare_digest(await read_exactly(wire, PROOF_BYTES), _proof(ticket.secret, b"dialer", said)):
         raise Refusal("wrong proof")
     await write_all(wire, WELCOME)
-    return ticket
+    return Proved(magic, ticket, _stripe_ticket(ticket, said))
+
+
+def _stripe_ticket(ticket: LinkTicket, said: bytes) -> LinkTicket:
+    """The number stands where the admission's does."""
+    number = int.from_bytes(_proof(ticket.secret, b"number", said)[:8], "big")
+    return LinkTicket(number, _proof(ticket.secret, b"stripes", said), ticket.dialer, ticket.acceptor)
 
 
 def _proof(secret: bytes, role: bytes, said: bytes) -> bytes:

@@ -40,6 +40,8 @@ class Kind(IntEnum):
     """The sender of this frame keeps nothing of the call, and will drop what still comes of it."""
     MARK = 3
     """The sender of this frame is past this epoch: nothing of it is kept."""
+    STRIPES = 4
+    """The link's own: whoever dialled it is asked for `position` stripes in all."""
 
 
 class Header(NamedTuple):
@@ -72,6 +74,6 @@ def unpack_header(data: bytes | bytearray | memoryview) -> Header:
     magic, kind, sub, channel, length, term, rid, number, call, position, signature, check = _WHOLE.unpack_from(data)
     if xxhash.xxh32_intdigest(data[: _BODY.size]) != check:
         raise WireError("a frame header is damaged")
-    if magic != _MAGIC or kind > Kind.MARK or length > MAX_PAYLOAD or (length and kind != Kind.DATA):
+    if magic != _MAGIC or kind > Kind.STRIPES or length > MAX_PAYLOAD or (length and kind != Kind.DATA):
         raise WireError(f"a frame header makes no sense: kind {kind}, {length} bytes of payload")
     return Header(kind, Epoch(term, rid, number), call, sub, channel, position, length, signature)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -106,13 +106,22 @@ async def test_check_16_one_call_too_many_raises_and_does_not_wait() -> None:
 async def test_check_17_a_cancelled_task_ends_the_call_for_all(in_place: bool) -> None:
     """Two of three are in the call, with data under way; one's task is cancelled. The third, which comes later, hears of it, too."""
     async with group(3) as comms:
+        await each(c.all_reduce(np.zeros(500_000)) for c in comms)
+        flows = [flow for c in comms for flow in cast(Any, c._runtime).engine.executor.flows.values()]
+        await until(lambda: all(flow.link._stripes for flow in flows))  # large calls have them made
         before = descriptors()
         tasks_before = asyncio.all_tasks()
         inputs = [np.full(500_000, k + 1.0) for k in range(3)]
         outs = [None if in_place else np.zeros(500_000) for _ in range(3)]
+        executors = [cast(Any, comms[k]._runtime).engine.executor for k in (0, 1)]
+        began = [(executor, executor.progress) for executor in executors]
         tasks = [asyncio.create_task(comms[k].all_reduce(inputs[k], out=outs[k])) for k in (0, 1)]
-        executors: list[Any] = [comms[k]._runtime.engine.executor for k in (0, 1)]
-        await until(lambda: any(e.progress for e in executors) or all(e._pulls and next(iter(e._pulls))._entered for e in executors))
+        await until(
+            lambda: (
+                any(executor.progress > moved for executor, moved in began)
+                or all(e._pulls and next(iter(e._pulls))._entered for e in executors)
+            )
+        )
         tasks[0].cancel()
         cancelled, aborted = await outcomes(tasks)
         assert isinstance(cancelled, asyncio.CancelledError)

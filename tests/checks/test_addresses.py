@@ -29,7 +29,7 @@ needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6
 def dialled(comms: list[Communicator]) -> set[str]:
     """The addresses of the far ends of all links, where they were dialled."""
     links = [flow.link for c in comms for flow in c._runtime.engine.executor.flows.values() if flow.link]
-    return {link._wire._sock.getpeername()[0] for link in links}  # type: ignore[attr-defined]
+    return {link._first.wire._sock.getpeername()[0] for link in links}  # type: ignore[attr-defined]
 
 
 async def works(comms: list[Communicator]) -> None:
@@ -82,7 +82,10 @@ async def test_check_35_an_advertised_address_is_what_others_dial() -> None:
         with pytest.raises(pccl.ConnectError):  # it listens on 127.0.0.1 alone, so what it says is not true
             await pccl.connect(master.address, connect_timeout=0.5)
         address = master.address.replace("127.0.0.9", "127.0.0.1")
-        connects = [pccl.connect(address, listen="0.0.0.0", advertise=f"127.0.0.{2 + k}", min_world_size=3, **QUICK) for k in range(3)]
+        connects = [
+            pccl.connect(address, listen="0.0.0.0", advertise=f"127.0.0.{2 + k}", min_world_size=3, **(QUICK | {"transport": "tcp"}))
+            for k in range(3)
+        ]
         comms = await each(connects)
         await works(comms)
         assert dialled(comms) - {"127.0.0.1"}
@@ -101,7 +104,7 @@ async def test_check_35_a_port_can_be_chosen_and_advertised() -> None:
         async with members(master.address, 1, transport="tcp", **where) as first, newcomer(master.address, first) as new:
             await works([*first, new])
             (flow,) = new._runtime.engine.executor.flows.values()
-            assert flow.link._wire._sock.getpeername() == ("127.0.0.1", port)  # type: ignore[union-attr]
+            assert flow.link._first.wire._sock.getpeername() == ("127.0.0.1", port)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(

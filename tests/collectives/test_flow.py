@@ -60,7 +60,7 @@ class Pipe(Link):
     def abort(self, token: object) -> None:
         """Frames are copied at once."""
 
-    def redirect(self) -> None:
+    def redirect(self, header: Header) -> None:
         assert self._present
         self._present = (*self._present[:2], None)
 

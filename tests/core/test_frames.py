@@ -64,7 +64,7 @@ def test_noise_with_a_right_check_is_no_header_that_makes_trouble(noise: bytes) 
         Header(Kind.DATA, Epoch(0, 0, 0), length=MAX_PAYLOAD + 1),
         Header(Kind.DATA, Epoch(0, 0, 0), length=(1 << 32) - 1),
         Header(Kind.CREDIT, Epoch(0, 0, 0), length=1),
-        Header(Kind.MARK + 1, Epoch(0, 0, 0)),
+        Header(Kind.STRIPES + 1, Epoch(0, 0, 0)),
         Header(255, Epoch(0, 0, 0)),
     ],
 )

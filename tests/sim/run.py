@@ -7,9 +7,14 @@ import gc
 import logging
 import random
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from unittest import mock
 
+from pccl.collectives import flow, planner
 from pccl.core.errors import ConnectError, PcclError
+from pccl.transports import framing, link
 from tests.sim.loop import VirtualLoop, bury
 from tests.sim.program import Book, Plan, Trainer, Violation
 from tests.sim.world import MASTER, Weather, World
@@ -56,6 +61,8 @@ class Run:
         self.seed = seed
         self.plan, weather, self.kinds, self.peers = scenario(seed)
         self.world = World(loop, seed, weather=weather)
+        self.stripes = random.Random(f"stripes {seed}")
+        self.world.links.stripes = self.stripes.choice((1, 3)) if seed % 4 == 3 else 0
         self.random = random.Random(f"faults {seed}")
         self.result = Result(seed, Book())
         self.born = 0
@@ -182,11 +189,27 @@ class Run:
             world.slow[one, two] = r.choice((0.05, 0.3))
             return f"slow {one} {two}"
         elif kind == "reset" and two:
-            world.links.reset(one, two)
-            return f"reset {one} {two}"
+            whole = self.stripes.random() < 0.5
+            world.links.reset(one, two, self.stripes.choice if not whole else None)
+            return f"reset {one} {two}{'' if whole else ', one wire'}"
         elif kind == "leave":
             self.trainers[one].leaves = True
         return f"{kind} {one}"
+
+
+@contextmanager
+def short_frames() -> Iterator[None]:
+    """Nearly every frame counts as large, and a call has many: else there is hardly ever more than one under way between two peers."""
+    planner.plan.cache_clear()
+    with (
+        mock.patch.object(flow, "MOST_SMALL", 2000),
+        mock.patch.object(framing, "MOST_SMALL", 2000),
+        mock.patch.object(link, "LOOK", 0.001),
+        mock.patch.object(planner, "SLICE", 16 << 10),
+        mock.patch.object(planner, "LEAST_SLICE", 4 << 10),
+    ):
+        yield
+    planner.plan.cache_clear()
 
 
 def run(seed: int) -> Result:
@@ -202,7 +225,8 @@ def run(seed: int) -> Result:
     sim = None
     try:
         sim = Run(loop, seed)
-        loop.run_until_complete(sim.main())
+        with short_frames() if sim.world.links.stripes else nullcontext():
+            loop.run_until_complete(sim.main())
         sim.result.trace = sim.world.trace.hexdigest()
         sim.result.steps, sim.result.seconds = loop.steps, loop.now
         return sim.result

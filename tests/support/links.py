@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from pccl.core.frames import Header, Kind
 from pccl.core.types import Epoch
-from pccl.transports.base import Link, LinkHandler, LinkTicket, OutFrame
+from pccl.transports.base import MOST_SMALL, Link, LinkHandler, LinkTicket, OutFrame
 from pccl.transports.framing import FrameReader
 from pccl.transports.link import WireLink
 from pccl.transports.memory import MemoryNetwork, MemoryTransport, MemoryWire
@@ -41,7 +41,7 @@ class Side(Log, LinkHandler):
         self.outbox: deque[OutFrame] = deque()
         self.place: Callable[[Header], memoryview | None] = lambda header: memoryview(bytearray(header.length))
         self.link: WireLink | None = None
-        self._target: memoryview | None = None
+        self._targets: dict[Header, memoryview | None] = {}
         self.next_instead: Callable[[Link], OutFrame | None] | None = None
         self.sent_instead: Callable[[Link, OutFrame], object] | None = None
         self.ended_instead: Callable[[Link, Header, bool], object] | None = None
@@ -64,10 +64,14 @@ class Side(Log, LinkHandler):
     def lost(self) -> list[Exception]:
         return [event[1] for event in self.named("lost")]
 
-    def next_frame(self, link: Link) -> OutFrame | None:
+    def next_frame(self, link: Link, *, small: bool = True, large: bool = True) -> OutFrame | None:
         if self.next_instead:
             return self.next_instead(link)
-        return self.outbox.popleft() if self.outbox else None
+        for i, frame in enumerate(self.outbox):
+            if small if frame.header.length <= MOST_SMALL else large:
+                del self.outbox[i]
+                return frame
+        return None
 
     def frame_sent(self, link: Link, frame: OutFrame) -> None:
         if self.sent_instead:
@@ -76,15 +80,15 @@ class Side(Log, LinkHandler):
             self.add("sent", frame)
 
     def frame_begun(self, link: Link, header: Header) -> memoryview | None:
-        self._target = self.place(header)
+        target = self._targets[header] = self.place(header)
         self.add("begun", header)
-        return self._target
+        return target
 
     def frame_ended(self, link: Link, header: Header, good: bool) -> None:
         if self.ended_instead:
             self.ended_instead(link, header, good)
             return
-        target, self._target = self._target, None
+        target = self._targets.pop(header, None)
         self.add("ended", header, (bytes(target) if target is not None else b"") if good else None)
 
     def link_lost(self, link: Link, error: Exception) -> None:
@@ -126,6 +130,10 @@ class Rig(StreamTransport):
         super().__init__(*args)
         self.wrap: Callable[[Wire], Wire] = lambda wire: wire
         self.visitors: asyncio.Queue[Wire] | None = None
+        self.stripes = 0
+
+    def _stripes_on(self, wire: Wire) -> int:
+        return self.stripes
 
     async def _connect(self, endpoint: str) -> Wire:
         return self.wrap(await super()._connect(endpoint))  # type: ignore[safe-super]
@@ -238,9 +246,11 @@ class LinkNet:
 
     Args:
         host: of the interface for TCP; empty for memory.
+        stripes: how many each link may have.
     """
 
-    def __init__(self, host: str) -> None:
+    def __init__(self, host: str, stripes: int = 0) -> None:
+        self.stripes = stripes
         self.memory = MemoryNetwork()
         self.host = host
         self.asked: list[tuple[int, int, int]] = []
@@ -253,6 +263,7 @@ class LinkNet:
     def make(self, wrap: Callable[[Wire], Wire] | None = None) -> Rig:
         """A transport, of a node of its own."""
         made: Rig = RigTcp(self.host) if self.host else RigMemory(self.memory, f"node{len(self._transports)}")
+        made.stripes = self.stripes
         if wrap:
             made.wrap = wrap
         self._transports.append(made)

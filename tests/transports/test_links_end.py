@@ -31,7 +31,7 @@ async def lost(side: Side, kind: type[Exception]) -> None:
     await asyncio.wait_for(side.link.wait_closed(), PATIENCE)
     side.send(data(b"too late"))
     side.link.abort(None)
-    side.link.redirect()
+    side.link.redirect(Header(Kind.DATA, EPOCH))
     assert side.link.silent_for() >= 0
     side.link.close()
     assert len(side.lost) == 1
@@ -152,7 +152,7 @@ async def test_a_close_in_mid_frame_lets_go_of_the_memory(links: LinkNet) -> Non
     assert out < 8
     assert a.link
     whole = HEADER_BYTES + MAX_PAYLOAD + SEAL_BYTES
-    taken = out * whole + a.link._writer._queue[0].sent
+    taken = out * whole + a.link._first.writer._queue[0].sent
     a.link.close()
     memory[:] = b"-" * MAX_PAYLOAD
     await peer.send(FRAME)

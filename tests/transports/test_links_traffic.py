@@ -118,7 +118,7 @@ async def test_a_payload_is_redirected_in_the_middle(links: LinkNet) -> None:
     await peer.send(frame, b"x" * 600)
     await until_true(lambda: memory[599])
     assert b.link
-    b.link.redirect()
+    b.link.redirect(Header(Kind.DATA, EPOCH, 1, length=1000))
     memory[:] = b"-" * 1000
     await peer.send(b"x" * 400, SEAL_GOOD, pack_header(Header(Kind.DATA, EPOCH, 2, length=4)), b"next", SEAL_GOOD)
     await b.wait("ended", 2)

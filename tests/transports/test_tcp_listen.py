@@ -19,7 +19,7 @@ TICKET = LinkTicket(1, b"s" * 32, 1, 0)
 class Idle(LinkHandler):
     """Sends nothing, expects nothing."""
 
-    def next_frame(self, link: Link) -> OutFrame | None:
+    def next_frame(self, link: Link, *, small: bool = True, large: bool = True) -> OutFrame | None:
         return None
 
     def frame_sent(self, link: Link, frame: OutFrame) -> None:
