@@ -55,7 +55,8 @@ class Run:
     def __init__(self, loop: VirtualLoop, seed: int) -> None:
         self.seed = seed
         self.plan, weather, self.kinds, self.peers = scenario(seed)
-        self.world = World(loop, seed, weather=weather)
+        hosts = {f"P{k}": f"host {k // 2}" for k in range(100)} if seed % 2 else {}
+        self.world = World(loop, seed, weather=weather, hosts=hosts)
         self.random = random.Random(f"faults {seed}")
         self.result = Result(seed, Book())
         self.born = 0
