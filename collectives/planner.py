@@ -123,18 +123,20 @@ def check_algorithm(collective: str, algorithm: str) -> None:
 
 def _choose(collective: str, nbytes: int, world: int, hosts: tuple[int, ...] | None) -> str:
     count = len(set(hosts)) if hosts else world
-    if 1 < count < world and nbytes > ONE_SHOT and "hierarchical" in algorithms(collective):
-        return "hierarchical"
-    near = count == 1
+    near, mixed = count == 1, 1 < count < world
     if collective == "all_reduce":
-        if nbytes <= ONE_SHOT and world >= MANY:
-            return "tree"
         if nbytes <= ONE_SHOT:
+            if mixed and count < MANY and (world >= MANY or nbytes * world > ONE_SHOT):
+                return "hierarchical"  # one hop between hosts, too, and a message for each two of them
+            if world >= MANY:
+                return "tree"
             return "star" if near and world > 2 else "direct"
+        if mixed and (nbytes >= (1 << 20) or count < MANY):
+            return "hierarchical"
         return "ring" if nbytes >= (1 << 20) or world < MANY else "halving_doubling"
-    if nbytes <= ONE_SHOT and world >= MANY and collective in ("broadcast", "reduce", "gather", "scatter"):
-        return "tree"
-    return (_SMALL if nbytes <= ONE_SHOT else _LARGE)[collective]
+    if nbytes <= ONE_SHOT:
+        return "tree" if world >= MANY and collective in ("broadcast", "reduce", "gather", "scatter") else _SMALL[collective]
+    return "hierarchical" if mixed and "hierarchical" in algorithms(collective) else _LARGE[collective]
 
 
 def _slice(world: int, itemsize: int, block: int) -> int:
