@@ -1,14 +1,15 @@
-"""Checks 11 and 12 with kernels in between: three peers in network namespaces of their own, whose packets to each other vanish."""
+"""Peers in network namespaces. Checks 11 and 12 with kernels in between, packets that vanish; and what several peers of a host send."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -68,6 +69,11 @@ class Net:
             "eth0",
         )
 
+    def sent(self, host: int) -> int:
+        """Bytes that have left a host, headers included."""
+        found = subprocess.run(["ip", "-n", self.hosts[host], "-j", "-s", "link", "show", "eth0"], check=True, capture_output=True)
+        return int(json.loads(found.stdout)[0]["stats64"]["tx"]["bytes"])
+
 
 @pytest.fixture
 def net() -> Iterator[Net]:
@@ -85,8 +91,8 @@ def net() -> Iterator[Net]:
 
 
 @asynccontextmanager
-async def running(net: Net) -> AsyncIterator[list[Peer]]:
-    """A master on the hub and a peer on each host; by the end all processes are gone."""
+async def running(net: Net, places: Sequence[int] = (0, 1, 2)) -> AsyncIterator[list[Peer]]:
+    """A master on the hub and peers on these hosts; by the end all processes are gone."""
     pipe, env = asyncio.subprocess.PIPE, os.environ | {"PYTHONPATH": str(ROOT)}
 
     def inside(name: str, *command: str) -> Any:
@@ -94,17 +100,18 @@ async def running(net: Net) -> AsyncIterator[list[Peer]]:
         return asyncio.create_subprocess_exec(*words, stdin=pipe, stdout=pipe, cwd=ROOT, env=env)
 
     master = await inside(net.hub, "-m", "pccl.tools", "master", "--listen", f"{HUB}:48148", "--insecure", "--heartbeat-timeout", "2")
-    # all three come in at once: of two that cannot reach each other, with nobody else there, one would be refused
-    settings: dict[str, Any] = QUICK | {"dial_timeout": 1.0, "path_timeout": 1.0, "min_world_size": 3}
+    # all come in at once: of two that cannot reach each other, with nobody else there, one would be refused
+    world = len(places)
+    settings: dict[str, Any] = QUICK | {"dial_timeout": 1.0, "path_timeout": 1.0, "min_world_size": world}
     async with AsyncExitStack() as stack:
         stack.push_async_callback(end, master)
         await master.stdout.readline()
         peers = []
-        for k, name in enumerate(net.hosts):
-            arguments = pickle.dumps((f"{HUB}:48148", f"P{k}", 3, False, settings)).hex()
-            peers.append(Peer(f"P{k}", await inside(name, "-m", "tests.checks.child", arguments)))
+        for k, place in enumerate(places):
+            arguments = pickle.dumps((f"{HUB}:48148", f"P{k}", world, False, settings)).hex()
+            peers.append(Peer(f"P{k}", await inside(net.hosts[place], "-m", "tests.checks.child", arguments)))
             stack.push_async_callback(peers[-1].bury)
-        assert await asyncio.gather(*(p.do(world_size) for p in peers)) == [3, 3, 3]
+        assert await asyncio.gather(*(p.do(world_size) for p in peers)) == [world] * world
         yield peers
 
 
@@ -121,7 +128,7 @@ async def reduce(comm: Any, count: int, retry: bool) -> tuple[int, tuple[str, ..
     except pccl.PcclError:
         assert (x == comm.rank + 1).all()
         raise
-    assert (x == 6).all()
+    assert (x == comm.world_size * (comm.world_size + 1) / 2).all()
     return info.world_size, tuple(m.name for m in comm.view.lost), info.algorithm
 
 
@@ -151,3 +158,13 @@ async def test_check_12_a_pair_that_is_unreachable_one_way(net: Net, way: tuple[
     async with running(net) as peers:
         for _ in range(3):
             assert await all_reduce(peers, retry=False) == [(3, (), "spanning_tree")] * 3
+
+
+async def test_each_host_sends_an_all_reduce_once(net: Net) -> None:
+    """2 (h - 1) / h of it, with two hosts, though each has two members, and ranks that follow each other are on different ones."""
+    nbytes = 4 * 2_000_000
+    async with running(net, (0, 1, 0, 1)) as peers:
+        before = [net.sent(host) for host in (0, 1)]
+        assert await all_reduce(peers, retry=False) == [(4, (), "hierarchical")] * 4
+        for host in (0, 1):
+            assert nbytes <= net.sent(host) - before[host] <= 1.05 * nbytes
