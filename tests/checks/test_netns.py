@@ -91,7 +91,7 @@ def net() -> Iterator[Net]:
 
 
 @asynccontextmanager
-async def running(net: Net, places: Sequence[int] = (0, 1, 2)) -> AsyncIterator[list[Peer]]:
+async def running(net: Net, places: Sequence[int] = (0, 1, 2), **more: Any) -> AsyncIterator[list[Peer]]:
     """A master on the hub and peers on these hosts; by the end all processes are gone."""
     pipe, env = asyncio.subprocess.PIPE, os.environ | {"PYTHONPATH": str(ROOT)}
 
@@ -102,7 +102,7 @@ async def running(net: Net, places: Sequence[int] = (0, 1, 2)) -> AsyncIterator[
     master = await inside(net.hub, "-m", "pccl.tools", "master", "--listen", f"{HUB}:48148", "--insecure", "--heartbeat-timeout", "2")
     # all come in at once: of two that cannot reach each other, with nobody else there, one would be refused
     world = len(places)
-    settings: dict[str, Any] = QUICK | {"dial_timeout": 1.0, "path_timeout": 1.0, "min_world_size": world}
+    settings: dict[str, Any] = QUICK | {"dial_timeout": 1.0, "path_timeout": 1.0, "min_world_size": world} | more
     async with AsyncExitStack() as stack:
         stack.push_async_callback(end, master)
         await master.stdout.readline()
@@ -168,3 +168,9 @@ async def test_each_host_sends_an_all_reduce_once(net: Net) -> None:
         assert await all_reduce(peers, retry=False) == [(4, (), "hierarchical")] * 4
         for host in (0, 1):
             assert nbytes <= net.sent(host) - before[host] <= 1.05 * nbytes
+
+
+async def test_hosts_that_are_said_to_be_one_and_are_not(net: Net) -> None:
+    """Their UNIX sockets and their memory are out of each other's reach: they meet over TCP."""
+    async with running(net, (0, 1, 0, 1), host="rack") as peers:
+        assert await all_reduce(peers, retry=False) == [(4, (), "ring")] * 4
