@@ -6,7 +6,7 @@ that out: for each block one of them speaks for all. With as many members on eac
 reduce-scatter within the hosts, a ring across them for each member, and an all-gather within the hosts, as NCCL and Horovod do it.
 Any other distribution will do, too.
 
-In what order ranks are added up depends on the hosts alone, and all have a result from the one that finished it.
+In what order ranks are added up depends on the hosts alone. All have a result from the one that finished it, or fold the same blocks.
 """
 
 from __future__ import annotations
