@@ -13,7 +13,7 @@ import numpy as np
 
 from pccl.collectives.pull import LOCAL
 from pccl.collectives.schedules import algorithms, build, find, natural_cuts
-from pccl.collectives.schedules.meaning import ROOTED
+from pccl.collectives.schedules.meaning import REDUCING, ROOTED
 from pccl.core.errors import InvalidArgument
 from pccl.core.step import Schedule
 from pccl.topology import trees
@@ -67,7 +67,7 @@ def plan(
     *,
     root: int = -1,
     broken: tuple[tuple[int, int], ...] = (),
-    near: bool = False,
+    hosts: tuple[int, ...] | None = None,
     block: int = 0,
 ) -> Plan:
     """The plan for a call.
@@ -75,7 +75,7 @@ def plan(
     Args:
         algorithm: "auto", or a name of `algorithms(collective, world)`.
         count: elements per segment (see `pccl.core.step`).
-        near: all members are on one host, where a hop costs less than the frames that it saves.
+        hosts: rank -> a number for its host; None if that is not known.
         block: what an element that travels stands for, if it is a record of so many quantized ones; else 0. Of records the fewest
             encodings are best, and no result may be encoded by more than one rank.
         broken: pairs of ranks without a link between them; then every algorithm but a spanning tree's is out of the question.
@@ -100,16 +100,17 @@ def plan(
             raise Unreachable(f"the members are not connected by links, and nobody else relays for them: {e}") from None
         return Plan(build(collective, "spanning_tree", world, root=root, parents=parents), slice_size)
     if algorithm == "auto":
-        algorithm = "direct" if block and collective == "all_reduce" else _choose(collective, nbytes, world, near)
+        algorithm = "direct" if block and collective in REDUCING else _choose(collective, nbytes, world, hosts)
     cuts = 0
-    if collective == "all_reduce" and algorithm == "direct" and nbytes <= ONE_SHOT and not block:
+    if collective == "all_reduce" and algorithm in ("direct", "hierarchical") and nbytes <= ONE_SHOT and not block:
         cuts = 1
     if find(collective, algorithm).cyclic:
         # scratch goes round in a circle: a part must stay well below a stream's window
         natural = natural_cuts(collective, algorithm, world)
         cuts = natural * max(1, -(-nbytes // natural // (WINDOW // 8)))
     needs_root = collective in ROOTED or algorithm == "star"
-    return Plan(build(collective, algorithm, world, root=max(root, 0) if needs_root else -1, cuts=cuts), slice_size)
+    where = hosts if find(collective, algorithm).levels else None
+    return Plan(build(collective, algorithm, world, root=max(root, 0) if needs_root else -1, cuts=cuts, hosts=where), slice_size)
 
 
 def check_algorithm(collective: str, algorithm: str) -> None:
@@ -120,16 +121,22 @@ def check_algorithm(collective: str, algorithm: str) -> None:
             raise InvalidArgument(f"algorithm: {algorithm!r} is not known for {collective}; there are {', '.join(known)}")
 
 
-def _choose(collective: str, nbytes: int, world: int, near: bool) -> str:
+def _choose(collective: str, nbytes: int, world: int, hosts: tuple[int, ...] | None) -> str:
+    count = len(set(hosts)) if hosts else world
+    near, mixed = count == 1, 1 < count < world
     if collective == "all_reduce":
-        if nbytes <= ONE_SHOT and world >= MANY:
-            return "tree"
         if nbytes <= ONE_SHOT:
+            if mixed and count < MANY and (world >= MANY or nbytes * world > ONE_SHOT):
+                return "hierarchical"  # one hop between hosts, too, and a message for each two of them
+            if world >= MANY:
+                return "tree"
             return "star" if near and world > 2 else "direct"
+        if mixed and (nbytes >= (1 << 20) or count < MANY):
+            return "hierarchical"
         return "ring" if nbytes >= (1 << 20) or world < MANY else "halving_doubling"
-    if nbytes <= ONE_SHOT and world >= MANY and collective in ("broadcast", "reduce", "gather", "scatter"):
-        return "tree"
-    return (_SMALL if nbytes <= ONE_SHOT else _LARGE)[collective]
+    if nbytes <= ONE_SHOT:
+        return "tree" if world >= MANY and collective in ("broadcast", "reduce", "gather", "scatter") else _SMALL[collective]
+    return "hierarchical" if mixed and "hierarchical" in algorithms(collective) else _LARGE[collective]
 
 
 def _slice(world: int, itemsize: int, block: int) -> int:

@@ -36,6 +36,9 @@ class Settings(TypedDict, total=False):
     """``host`` or ``host:port`` where others reach it, if that differs (a NAT, a container)."""
     transport: str
     """"auto" (the default): peers of one host share memory; "tcp": they do as if they were on two."""
+    host: str
+    """Who gives the same text counts as being on one host; default: whoever is on one machine, in one network namespace. Those share
+    memory if they can, and what moves between hosts is kept small."""
     key: str
     """Path of this peer's own key file, where the master has an allow-list."""
     timeout: float | None
@@ -71,7 +74,7 @@ def prepare(address: str, group: str, settings: Settings) -> Prepared:
     if not isinstance(group, str) or not 1 <= len(group) <= 256:
         raise InvalidArgument(f"group: a name of 1 to 256 characters is needed, not {group!r}")
     given = dict(settings)
-    names = {"name", "listen", "advertise", "key", "transport"}
+    names = {"name", "listen", "advertise", "host", "key", "transport"}
     known = {f.name for f in fields(Options)}
     unknown = given.keys() - names - known
     if unknown:
@@ -80,6 +83,8 @@ def prepare(address: str, group: str, settings: Settings) -> Prepared:
     text = {k: _text(k, given.get(k)) for k in names}
     listen = parse_endpoint(text["listen"], "listen") if text["listen"] else default_listen(master)
     advertise = parse_endpoint(text["advertise"], "advertise") if text["advertise"] else default_advertise(master, listen)
+    if len(text["host"]) > 256:
+        raise InvalidArgument(f"host: text of at most 256 characters is needed, not {len(text['host'])}")
     keypair = load_keypair(text["key"]) if text["key"] else None
     if text["transport"] not in ("", *TRANSPORTS):
         raise InvalidArgument(f"transport: one of {', '.join(map(repr, TRANSPORTS))} is needed, not {text['transport']!r}")
@@ -91,14 +96,14 @@ def prepare(address: str, group: str, settings: Settings) -> Prepared:
 
         region = None if text["transport"] == "tcp" else open_region()
         where, limit = (listen[0], listen[1] or 0), options.stall_timeout
+        host = text["host"] or host_identity()
+        local = region and HostTransport(*where, advertise=advertise, user_timeout=limit, identity=host, region=region)
         return Engine(
             ZmqClient(master, keypair=keypair, heartbeat_interval=options.heartbeat_interval, heartbeat_timeout=options.heartbeat_timeout),
-            HostTransport(*where, advertise=advertise, user_timeout=limit, region=region)
-            if region
-            else TcpTransport(*where, advertise=advertise, user_timeout=limit),
+            local or TcpTransport(*where, advertise=advertise, user_timeout=limit),
             group=group,
             name=text["name"] or f"{socket.gethostname()}:{os.getpid()}",
-            host=host_identity(),
+            host=host,
             key=uuid.uuid4().bytes,
             address=address,
             options=options,

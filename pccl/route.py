@@ -120,9 +120,12 @@ class Routes:
             raise _aborted(call, "algorithm='local' is for untagged calls outside of rounds, among members that share memory", view)
         items = -(-count // ask.block) if ask.block else count
         broken = tuple((min(ranks[a], ranks[b]), max(ranks[a], ranks[b])) for a, b in links if a in ranks and b in ranks)
-        near = len({m.host for m in view.members}) == 1
+        where = {m.uid: m.host for m in view.members}
+        hosts = _numbered([where[u] for u in uids])
         try:
-            planned = plan(ask.collective, ask.algorithm, world, items, ask.itemsize, root=root, broken=broken, near=near, block=ask.block)
+            planned = plan(
+                ask.collective, ask.algorithm, world, items, ask.itemsize, root=root, broken=broken, hosts=hosts, block=ask.block
+            )
         except Unreachable as e:
             raise _aborted(call, str(e), view) from None
         schedule = planned.schedule
@@ -137,7 +140,7 @@ class Routes:
             many.source,
             many.target,
             schedule.algorithm,
-            schedule.cuts == 1 and direct,
+            schedule.cuts == 1 and schedule.algorithm in ("direct", "hierarchical"),
             prog,
             layout(prog, items, planned.slice_size),
             count,
@@ -147,6 +150,12 @@ class Routes:
             uids,
             None,
         )
+
+
+def _numbered(names: list[str]) -> tuple[int, ...]:
+    """Names as numbers, in the order in which they first come."""
+    numbers = {name: k for k, name in enumerate(dict.fromkeys(names))}
+    return tuple(numbers[name] for name in names)
 
 
 def misfit(ask: Ask, view: View) -> str:

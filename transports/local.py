@@ -15,6 +15,7 @@ import struct
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from pccl.transports import fork
 from pccl.transports.base import Refusal
@@ -121,6 +122,7 @@ class HostTransport(TcpTransport):
     """TCP to other hosts, UNIX sockets within this one.
 
     Args:
+        identity: what peers of this host have in common. Who has another one is on another host, even if it could be met.
         region: what peers of this host may map.
     """
 
@@ -131,14 +133,16 @@ class HostTransport(TcpTransport):
         *,
         advertise: tuple[str, int | None] | None = None,
         user_timeout: float = 0.0,
+        identity: str,
         region: Region | None,
     ) -> None:
         super().__init__(host, port, advertise=advertise, user_timeout=user_timeout)
+        self._prefix = f"pccl-{xxhash.xxh3_64_hexdigest(identity.encode())}-"
         self._region = region
 
     async def _serve(self) -> tuple[str, ...]:
         endpoints = await super()._serve()
-        name = f"pccl-{os.urandom(16).hex()}"
+        name = self._prefix + os.urandom(16).hex()
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.setblocking(False)
         sock.bind(f"\0{name}")
@@ -157,6 +161,8 @@ class HostTransport(TcpTransport):
     async def _connect(self, endpoint: str) -> Wire:
         if not endpoint.startswith(SCHEME):
             return await super()._connect(endpoint)
+        if not endpoint.startswith(SCHEME + self._prefix):
+            raise Refusal("of another host")
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.setblocking(False)
         try:

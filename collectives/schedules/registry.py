@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from pccl.collectives.schedules import direct, halving, meaning, ring, spanning, star, tree
+from pccl.collectives.schedules import direct, halving, hierarchical, meaning, ring, spanning, star, tree
 from pccl.collectives.schedules.steps import relabel, repeat
 from pccl.core.errors import InvalidArgument
 from pccl.core.step import Ints, Schedule
@@ -23,6 +23,8 @@ class Job:
     root: int
     shape: trees.Preorder
     """The given tree; a chain where none was given."""
+    hosts: Ints
+    """Rank -> host; all different where none were given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,8 @@ class Algorithm:
     """Takes a `root`, as the rank that does the work, although the collective may have none; roles are ranks."""
     tree: bool = False
     """Needs `parents`; roles are places in preorder."""
+    levels: bool = False
+    """Takes `hosts`; roles are ranks."""
     cyclic: bool = False
     """Scratch goes round in a circle: a part must have fewer slices than a stream's window, and should have at most half as many.
     Where nothing goes round, any window will do.
@@ -64,6 +68,17 @@ _ALGORITHMS = (
     Algorithm(
         "all_reduce", "direct", lambda job: direct.all_reduce(job.world), whole=lambda job: direct.one_shot(job.world), ordered=False
     ),
+    Algorithm(
+        "all_reduce",
+        "hierarchical",
+        lambda job: hierarchical.all_reduce(job.hosts),
+        whole=lambda job: hierarchical.one_exchange(job.hosts),
+        ordered=False,
+        levels=True,
+    ),
+    Algorithm("reduce_scatter", "hierarchical", lambda job: hierarchical.reduce_scatter(job.hosts), ordered=False, levels=True),
+    Algorithm("all_gather", "hierarchical", lambda job: hierarchical.all_gather(job.hosts), ordered=False, levels=True),
+    Algorithm("broadcast", "hierarchical", lambda job: hierarchical.broadcast(job.hosts, job.root), ordered=False, levels=True),
     Algorithm("reduce_scatter", "direct", lambda job: direct.reduce_scatter(job.world), ordered=False),
     Algorithm("reduce_scatter", "ring", lambda job: ring.reduce_scatter(job.world), cyclic=True),
     Algorithm("reduce_scatter", "halving", lambda job: halving.halving(job.world), powers_only=True),
@@ -118,13 +133,13 @@ def find(collective: str, algorithm: str) -> Algorithm:
 
 
 @lru_cache(maxsize=1024)
-def natural_cuts(collective: str, algorithm: str, world: int) -> int:
-    """The fewest parts per segment with which an algorithm works; `build` takes multiples of it. (All_reduce `direct` also takes
-    1.)
+def natural_cuts(collective: str, algorithm: str, world: int, hosts: tuple[int, ...] | None = None) -> int:
+    """The fewest parts per segment with which an algorithm works; `build` takes multiples of it. (All_reduce `direct` and
+    `hierarchical` also take 1.)
     """
     found = find(collective, algorithm)
     _check_fit(found, world)
-    return found.make(Job(world, 0, _chain(world))).cuts
+    return found.make(Job(world, 0, _chain(world), _hosts(f"{collective} by {algorithm}", found, world, hosts))).cuts
 
 
 def build(
@@ -136,6 +151,7 @@ def build(
     cuts: int = 0,
     order: Sequence[int] | Ints | None = None,
     parents: Sequence[int] | Ints | None = None,
+    hosts: Sequence[int] | Ints | None = None,
 ) -> Schedule:
     """A schedule. Equal arguments give the same one.
 
@@ -147,20 +163,29 @@ def build(
             `spanning_tree`.
         cuts: parts per segment, a multiple k of `natural_cuts`: the program then runs in k waves, each over 1/k of every segment. 0
             is the natural number. For all_reduce `direct`, 1 gives the form with one hop, in which everyone sends everything to
-            everyone.
+            everyone; for `hierarchical`, the one in which that is so between hosts.
         order: position -> rank, for algorithms with `Algorithm.ordered`; the default is rank order. A root begins wherever it
             stands in it.
         parents: rank -> parent, -1 at the root, for `spanning_tree`. A tree with another root than `root` is turned round.
+        hosts: rank -> a number for its host, for `hierarchical`; the default is that each rank has one of its own.
 
     Raises:
         InvalidArgument: there is no such schedule; says why.
     """
     found = find(collective, algorithm)
-    return _build(found, world, root, cuts, _numbers(order), _numbers(parents))
+    return _build(found, world, root, cuts, _numbers(order), _numbers(parents), _numbers(hosts))
 
 
 @lru_cache(maxsize=256)
-def _build(found: Algorithm, world: int, root: int, cuts: int, order: tuple[int, ...] | None, parents: tuple[int, ...] | None) -> Schedule:
+def _build(
+    found: Algorithm,
+    world: int,
+    root: int,
+    cuts: int,
+    order: tuple[int, ...] | None,
+    parents: tuple[int, ...] | None,
+    hosts: tuple[int, ...] | None,
+) -> Schedule:
     name = f"{found.collective} by {found.name}"
     _check_fit(found, world)
     if found.collective in meaning.ROOTED and not 0 <= root < world:
@@ -172,7 +197,7 @@ def _build(found: Algorithm, world: int, root: int, cuts: int, order: tuple[int,
     shape = _shape(name, found, world, root, parents)
     roles = _roles(name, found, world, root, order, shape)
 
-    job = Job(world, max(root, 0), shape)
+    job = Job(world, max(root, 0), shape, _hosts(name, found, world, hosts))
     base = found.whole(job) if found.whole and cuts == 1 else found.make(job)
     waves, rest = divmod(cuts or base.cuts, base.cuts)
     if rest or waves < 1:
@@ -207,6 +232,16 @@ def _shape(name: str, found: Algorithm, world: int, root: int, parents: tuple[in
     return trees.preorder(trees.rerooted(parents, root)) if root >= 0 else shape
 
 
+def _hosts(name: str, found: Algorithm, world: int, hosts: tuple[int, ...] | None) -> Ints:
+    if hosts is None:
+        return np.arange(world)
+    if not found.levels:
+        raise InvalidArgument(f"{name} takes no hosts")
+    if len(hosts) != world:
+        raise InvalidArgument(f"{name} needs the hosts of {world} ranks, got {len(hosts)}")
+    return np.array(hosts, np.int64)
+
+
 def _roles(name: str, found: Algorithm, world: int, root: int, order: tuple[int, ...] | None, shape: trees.Preorder) -> Ints:
     """Role -> rank."""
     roles = np.arange(world)
@@ -218,7 +253,7 @@ def _roles(name: str, found: Algorithm, world: int, root: int, order: tuple[int,
         roles = np.array(order, np.int64)
     if found.tree:
         return shape.nodes
-    if root >= 0 and not found.hub:
+    if root >= 0 and not (found.hub or found.levels):
         return np.roll(roles, -int(np.flatnonzero(roles == root)[0]))
     return roles
 

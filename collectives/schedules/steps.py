@@ -23,13 +23,13 @@ def rows(
     block: Ints | int,
     *,
     peer: Ints | int = -1,
-    channel: int = 0,
+    channel: Ints | int = 0,
     blocks: Ints | int = 1,
     into: int = -1,
     final: npt.NDArray[np.bool_] | bool = False,
 ) -> Program:
     """Steps of one kind; arguments are broadcast against each other."""
-    made = np.empty(np.broadcast(np.atleast_1d(block), peer, blocks, final).shape, STEP)
+    made = np.empty(np.broadcast(np.atleast_1d(block), peer, channel, blocks, final).shape, STEP)
     made["action"] = action
     made["final"] = final
     made["channel"] = channel

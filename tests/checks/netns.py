@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Any
 
@@ -65,6 +66,11 @@ class Net:
             "eth0",
         )
 
+    def sent(self, host: int) -> int:
+        """Bytes that have left a host, headers included."""
+        found = subprocess.run(["ip", "-n", self.hosts[host], "-j", "-s", "link", "show", "eth0"], check=True, capture_output=True)
+        return int(json.loads(found.stdout)[0]["stats64"]["tx"]["bytes"])
+
     def limit(self, rate: str) -> None:
         """What each host may send."""
         for name in self.hosts:
@@ -112,8 +118,8 @@ def network(hosts: int, *tools: str) -> Iterator[Net]:
 
 
 @asynccontextmanager
-async def running(net: Net, **changes: Any) -> AsyncIterator[list[Peer]]:
-    """A master on the hub and a peer on each host; by the end all processes are gone."""
+async def running(net: Net, places: Sequence[int] = (), **changes: Any) -> AsyncIterator[list[Peer]]:
+    """A master on the hub, and peers on these hosts, or one on each; by the end all processes are gone."""
     pipe, env = asyncio.subprocess.PIPE, os.environ | {"PYTHONPATH": str(ROOT)}
 
     def start(name: str, *command: str) -> Any:
@@ -121,14 +127,15 @@ async def running(net: Net, **changes: Any) -> AsyncIterator[list[Peer]]:
         return asyncio.create_subprocess_exec(*words, stdin=pipe, stdout=pipe, cwd=ROOT, env=env)
 
     master = await start(net.hub, "-m", "pccl.tools", "master", "--listen", f"{HUB}:48148", "--insecure", "--heartbeat-timeout", "2")
-    world = len(net.hosts)
+    names = [net.hosts[k] for k in places] or net.hosts
+    world = len(names)
     # all come in at once: of two that cannot reach each other, with nobody else there, one would be refused
     settings: dict[str, Any] = QUICK | {"dial_timeout": 1.0, "path_timeout": 1.0, "min_world_size": world} | changes
     async with AsyncExitStack() as stack:
         stack.push_async_callback(end, master)
         await master.stdout.readline()
         peers = []
-        for k, name in enumerate(net.hosts):
+        for k, name in enumerate(names):
             arguments = pickle.dumps((f"{HUB}:48148", f"P{k}", world, False, settings)).hex()
             peers.append(Peer(f"P{k}", await start(name, "-m", "tests.checks.child", arguments)))
             stack.push_async_callback(peers[-1].bury)

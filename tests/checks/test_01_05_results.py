@@ -16,7 +16,7 @@ from tests.checks import oracle
 from tests.checks.support import admit, each, group, join
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
-ALGORITHMS = ("auto", "ring", "bidirectional_ring", "tree", "star", "direct", "halving_doubling")
+ALGORITHMS = ("auto", "ring", "bidirectional_ring", "tree", "star", "direct", "halving_doubling", "hierarchical")
 FACTORS = (0.5, 1.25, -3.0, 0.1, 7.0)
 
 

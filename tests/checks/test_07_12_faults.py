@@ -116,7 +116,7 @@ def test_check_07_a_fault_after_one_has_finished_and_before_another_has(in_place
 
 
 @pytest.mark.parametrize("quantize", [None, "float16"])
-@pytest.mark.parametrize("algorithm", ["direct", "ring", "bidirectional_ring", "tree", "star", "halving_doubling"])
+@pytest.mark.parametrize("algorithm", ["direct", "ring", "bidirectional_ring", "tree", "star", "halving_doubling", "hierarchical"])
 def test_check_07_with_other_schedules(in_place: bool, algorithm: str, quantize: str | None) -> None:
     """One is killed when the first has its result and two have not: the same verdict for all, and what belongs to it in their buffers.
 
@@ -140,7 +140,8 @@ def test_check_07_with_other_schedules(in_place: bool, algorithm: str, quantize:
             assert call.intact() if pccl.CollectiveAborted in kinds else call.right("ABCDE")
         return kinds.pop().__name__
 
-    seen = [simulate(main, seed=seed, weather=Weather(0.01, 0.05)) for seed in range(6)]
+    hosts = {"A": "left", "B": "right", "C": "left", "D": "right"}
+    seen = [simulate(main, seed=seed, weather=Weather(0.01, 0.05), hosts=hosts) for seed in range(6)]
     assert "CollectiveAborted" in seen, seen
     assert set(seen) <= {"CollectiveAborted", "Info", "too late"}
 

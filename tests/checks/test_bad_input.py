@@ -248,6 +248,8 @@ SETTINGS: dict[str, tuple[Any, dict[str, Any], list[str]]] = {
     "an unknown setting": ("localhost:48148", {"colour": "red"}, ["colour", "min_world_size"]),
     "a group without a name": ("localhost:48148", {"group": ""}, ["group", "''"]),
     "a name that is none": ("localhost:48148", {"name": 7}, ["name", "7", "text"]),
+    "a host that is none": ("localhost:48148", {"host": 7}, ["host", "7", "text"]),
+    "a host id that is too long": ("localhost:48148", {"host": 300 * "x"}, ["host", "300", "256"]),
     "listen that is none": ("localhost:48148", {"listen": "host:port:x"}, ["listen", "host:port:x"]),
     "a key file that is not there": ("localhost:48148", {"key": "/nowhere/peer.key"}, ["/nowhere/peer.key"]),
 }

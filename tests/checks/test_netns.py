@@ -1,4 +1,4 @@
-"""Checks 11 and 12 with kernels in between: three peers in network namespaces of their own, whose packets to each other vanish."""
+"""Peers in network namespaces. Checks 11 and 12 with kernels in between, packets that vanish; and what several peers of a host send."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ async def reduce(comm: Any, count: int, retry: bool) -> tuple[int, tuple[str, ..
     except pccl.PcclError:
         assert (x == comm.rank + 1).all()
         raise
-    assert (x == 6).all()
+    assert (x == comm.world_size * (comm.world_size + 1) / 2).all()
     return info.world_size, tuple(m.name for m in comm.view.lost), info.algorithm
 
 
@@ -60,3 +60,19 @@ async def test_check_12_a_pair_that_is_unreachable_one_way(net: Net, way: tuple[
     async with running(net) as peers:
         for _ in range(3):
             assert await all_reduce(peers, retry=False) == [(3, (), "spanning_tree")] * 3
+
+
+async def test_each_host_sends_an_all_reduce_once(net: Net) -> None:
+    """2 (h - 1) / h of it, with two hosts, though each has two members, and ranks that follow each other are on different ones."""
+    nbytes = 4 * 2_000_000
+    async with running(net, (0, 1, 0, 1)) as peers:
+        before = [net.sent(host) for host in (0, 1)]
+        assert await all_reduce(peers, retry=False) == [(4, (), "hierarchical")] * 4
+        for host in (0, 1):
+            assert nbytes <= net.sent(host) - before[host] <= 1.05 * nbytes
+
+
+async def test_hosts_that_are_said_to_be_one_and_are_not(net: Net) -> None:
+    """Their UNIX sockets and their memory are out of each other's reach: they meet over TCP."""
+    async with running(net, (0, 1, 0, 1), host="rack") as peers:
+        assert await all_reduce(peers, retry=False) == [(4, (), "ring")] * 4

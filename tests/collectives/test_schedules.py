@@ -48,7 +48,14 @@ def make(collective: str, algorithm: str, world: int, *, root: int | None = None
         more["root"] = world // 3 if root is None else root
     if find(collective, algorithm).tree:
         more["parents"] = trees.spanning_tree(random_links(world, world))
-    return build(collective, algorithm, world, cuts=waves * natural_cuts(collective, algorithm, world), **more)
+    hosts = more.setdefault("hosts", random_hosts(world, world)) if find(collective, algorithm).levels else None
+    return build(collective, algorithm, world, cuts=waves * natural_cuts(collective, algorithm, world, hosts), **more)
+
+
+def random_hosts(world: int, seed: int) -> tuple[int, ...]:
+    """Some hosts with one member, some with many, in any order."""
+    random = np.random.default_rng(seed)
+    return tuple(random.integers(1 + random.integers(world), size=world).tolist())
 
 
 def worlds(collective: str, algorithm: str, candidates) -> list[int]:
@@ -155,6 +162,50 @@ def test_any_tree(name, world, seed, data):
     for rank in range(world):
         peers = schedule.steps(rank)["peer"]
         assert all(links[rank, peer] for peer in peers[peers >= 0])
+
+
+PARTITIONS = st.integers(1, 16).flatmap(lambda world: st.lists(st.integers(0, world - 1), min_size=world, max_size=world))
+
+
+@given(st.sampled_from([name[0] for name in ALL if find(*name).levels]), PARTITIONS, st.booleans(), st.data())
+@settings(deadline=None, max_examples=150)
+def test_any_distribution_over_hosts(collective, hosts, one, data):
+    world = len(hosts)
+    root = data.draw(st.integers(0, world - 1)) if collective in ROOTED else -1
+    schedule = build(collective, "hierarchical", world, root=root, hosts=hosts, cuts=int(one and collective == "all_reduce"))
+    verify(schedule, slices=3, window=1, timings=("eager", "lazy", 1, 2))
+
+
+@pytest.mark.parametrize("hosts", [[0, 0, 1, 1], [0, 1, 0, 1, 2, 2], [0, 0, 0, 1], [0, 0, 1, 1, 2], [2, 1, 0], [0] * 7 + [1] * 8 + [2]])
+def test_between_hosts_no_more_moves_than_if_each_had_one_member(hosts):
+    world, h, where = len(hosts), len(set(hosts)), np.array(hosts)
+
+    def crossing(collective: str, **more) -> tuple[np.ndarray, np.ndarray]:
+        """Segments that leave and enter each host, and that each rank sends to other hosts."""
+        schedule = build(collective, "hierarchical", world, hosts=hosts, **more)
+        out, into, by = np.zeros(h), np.zeros(h), np.zeros(world)
+        for rank in range(world):
+            for step in schedule.steps(rank):
+                if step["action"] == Action.SEND and where[rank] != where[step["peer"]]:
+                    size = step["blocks"] / schedule.cuts
+                    out[where[rank]] += size
+                    into[where[step["peer"]]] += size
+                    by[rank] += size
+        return out, into, by
+
+    out, into, by = crossing("all_reduce")
+    np.testing.assert_allclose([out, into], np.full((2, h), 2 * (h - 1) / h))
+    for host in range(h):
+        share = by[where == host]
+        assert share.max() - share.min() <= 2 / (h * -(-world // h)) + 1e-9, "one block more, at most, there and back"
+    members = np.bincount(hosts)
+    out, _, _ = crossing("reduce_scatter")
+    np.testing.assert_array_equal(out, world - members)
+    _, into, _ = crossing("all_gather")
+    np.testing.assert_array_equal(into, world - members)
+    out, into, _ = crossing("broadcast", root=world - 1)
+    np.testing.assert_allclose(into, np.arange(h) != hosts[-1])
+    assert out.max() <= 1 + 1e-9
 
 
 # --- numbers ------------------------------------------------------------------------------------------------------------
@@ -269,7 +320,9 @@ def test_equal_arguments_give_the_same_schedule():
     assert build("all_reduce", "ring", 4, order=[2, 1, 0, 3]) is build("all_reduce", "ring", 4, order=np.array([2, 1, 0, 3]))
     assert build("reduce_scatter", "ring", 4, cuts=3).cuts == 3
     assert build("all_reduce", "direct", 4, cuts=1).cuts == 1
-    assert [natural_cuts("all_reduce", name, 6) for name in algorithms("all_reduce")] == [6, 12, 2, 1, 4, 6, 1]
+    assert [natural_cuts("all_reduce", name, 6) for name in algorithms("all_reduce")] == [6, 12, 2, 1, 4, 6, 6, 1]
+    assert natural_cuts("all_reduce", "hierarchical", 6, (0, 0, 1, 1, 1, 1)) == 6
+    assert build("all_reduce", "hierarchical", 4, cuts=1, hosts=[0, 1, 0, 1]).cuts == 1
 
 
 def test_algorithms_of_a_world():
@@ -284,7 +337,7 @@ def test_algorithms_of_a_world():
         (("all_reduc", "ring", 4), {}, "no collective is called 'all_reduc'; there are all_reduce, reduce_scatter"),
         (("gather", "ring", 4), {"root": 0}, "no algorithm for gather is called 'ring'; there are direct, tree, spanning_tree"),
         (("all_reduce", "ring", 0), {}, "at least 1 rank"),
-        (("reduce_scatter", "halving", 6), {}, "does not work in a world of 6; what does: direct, ring, spanning_tree"),
+        (("reduce_scatter", "halving", 6), {}, "does not work in a world of 6; what does: hierarchical, direct, ring, spanning_tree"),
         (("sendrecv", "direct", 3), {}, "what does: nothing"),
         (("broadcast", "tree", 4), {}, "needs a root among the ranks 0..3, got -1"),
         (("broadcast", "tree", 4), {"root": 4}, "needs a root among the ranks 0..3, got 4"),
@@ -296,6 +349,9 @@ def test_algorithms_of_a_world():
         (("all_reduce", "direct", 4), {"order": [0, 1, 3, 2]}, "takes no order"),
         (("all_reduce", "direct", 4), {"order": [0, 1, 3, 2], "cuts": 1}, "takes no order"),
         (("all_reduce", "ring", 4), {"parents": [-1, 0, 0, 0]}, "takes no parents"),
+        (("all_reduce", "ring", 4), {"hosts": [0, 0, 1, 1]}, "takes no hosts"),
+        (("all_reduce", "hierarchical", 4), {"hosts": [0, 0, 1]}, "needs the hosts of 4 ranks, got 3"),
+        (("all_reduce", "hierarchical", 4), {"root": 1}, "has no root, got 1"),
         (("all_reduce", "spanning_tree", 4), {}, "needs the parents of 4 ranks, got 0"),
         (("all_reduce", "spanning_tree", 4), {"parents": [-1, 0, 3, 2]}, "lead in a circle"),
     ],

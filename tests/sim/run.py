@@ -60,7 +60,8 @@ class Run:
     def __init__(self, loop: VirtualLoop, seed: int) -> None:
         self.seed = seed
         self.plan, weather, self.kinds, self.peers = scenario(seed)
-        self.world = World(loop, seed, weather=weather)
+        hosts = {f"P{k}": f"host {k // 2}" for k in range(100)} if seed % 2 else {}
+        self.world = World(loop, seed, weather=weather, hosts=hosts)
         self.stripes = random.Random(f"stripes {seed}")
         self.world.links.stripes = self.stripes.choice((1, 3)) if seed % 4 == 3 else 0
         self.random = random.Random(f"faults {seed}")

@@ -6,7 +6,7 @@ import asyncio
 import contextvars
 import hashlib
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 from pccl.communicator import Communicator, open_communicator
@@ -33,8 +33,18 @@ class Weather:
 class World:
     """Nodes by name. Peers are started with a program; the master is a node, too."""
 
-    def __init__(self, loop: VirtualLoop, seed: int, *, options: Options | None = None, weather: Weather | None = None) -> None:
+    def __init__(
+        self,
+        loop: VirtualLoop,
+        seed: int,
+        *,
+        options: Options | None = None,
+        weather: Weather | None = None,
+        hosts: Mapping[str, str] | None = None,
+    ) -> None:
         self.loop = loop
+        self.hosts = hosts or {}
+        """Name -> host; nodes that are not in it have one each"""
         self.random = random.Random(f"world {seed}")
         self.options = options or Options(
             timeout=40.0, connect_timeout=300.0, stall_timeout=15.0, takeover_timeout=10.0, log_waiting=5.0, min_world_size=1
@@ -114,7 +124,7 @@ class World:
                 MemoryTransport(self.links, name),
                 group="g",
                 name=name,
-                host=name,
+                host=self.hosts.get(name, name),
                 key=bytes(self._keys.randrange(256) for _ in range(16)),
                 address=MASTER,
                 options=options,
