@@ -138,14 +138,26 @@ class Lane:
         """The last state of each of one's own slots"""
         self._kept: list[list[int]] = [[] for _ in range(RING)]
         """Memory taken for the call in each slot"""
+        self._lines: list[list[int]] = [[] for _ in range(RING)]
+        """Of each slot: this member's calls that want it, the one that has it first"""
         self._asides: dict[int, npt.NDArray[np.uint8]] = {}
 
     # --- one's own words ----------------------------------------------------------------------------------------------
 
+    def line_up(self, n: int) -> None:
+        """Call n wants its slot. One's own calls have it in their order: the others' have."""
+        self._lines[n % RING].append(n)
+
+    def step_out(self, n: int) -> None:
+        """Call n does not want it any more."""
+        line = self._lines[n % RING]
+        if n in line:
+            line.remove(n)
+
     def is_free(self, n: int) -> bool:
         """Whether the slot for call n may be used: everyone is out of the call that used it before."""
         slot = n % RING
-        if self._last[slot] and not self._is_over(slot):
+        if self._lines[slot][0] != n or (self._last[slot] and not self._is_over(slot)):
             return False
         self._give(slot)
         return True
@@ -164,7 +176,7 @@ class Lane:
     def publish(self, n: int, phase: int) -> None:
         """A phase of call n is reached. From DONE on the word says whether newcomers wait, and goes on saying the same."""
         slot = n % RING
-        waiting = self._last[slot] & _WAITING if phase == OUT else _WAITING * self.waiting
+        waiting = _WAITING * self.waiting if phase <= DONE else self._last[slot] & _WAITING
         self._last[slot] = state = (n + 1) << _CALL | waiting | phase
         self._own[self._at + 8 * (slot + 1)] = state
         full_fence()
@@ -210,12 +222,14 @@ class Lane:
     # --- the others' --------------------------------------------------------------------------------------------------
 
     def phase(self, rank: int, n: int) -> int:
-        """How far a member is in call n: 0 if it has not come there; OUT if it has gone on."""
-        state = self._state(rank, n % RING)
+        """How far a member is in call n: 0 if it has not come there; OUT if it has gone on, VOID if it has done so without this member."""
+        state, own = self._state(rank, n % RING), self._last[n % RING]
         call = state >> _CALL
         if call == n + 1:
             return state & 7
-        return OUT if call > n + 1 else 0
+        if call < n + 1:
+            return 0
+        return OUT if (own >> _CALL, own & 7) >= (n + 1, OUT) else VOID
 
     def anyone_waits(self, n: int) -> bool:
         """Whether any member said, when it was DONE, that newcomers wait; once all are. All members find the same."""
@@ -241,8 +255,10 @@ class Lane:
         return self.others[rank].words[offset // 8 + 8 * (slot + 1)] if offset else 0
 
     def _is_over(self, slot: int) -> bool:
-        """Whether everyone is out of the call that one's own slot was used for last."""
+        """Whether everyone is out of the call that one's own slot was used for last, this member included."""
         call = self._last[slot] >> _CALL
+        if self._last[slot] & 7 < OUT:
+            return False
         for rank in self.others:
             state = self._state(rank, slot)
             if state >> _CALL < call or (state >> _CALL == call and state & 7 < OUT):

@@ -188,6 +188,7 @@ class Pull:
         self._stranger = -1
         """Uid of a member whose call is another one"""
         self._course = self._run()
+        lane.line_up(self._n)
 
     # --- Moving -------------------------------------------------------------------------------------------------------
 
@@ -235,6 +236,7 @@ class Pull:
         """It is over, and knows no tensors any more."""
         self._give_scratch()
         self._course.close()
+        self._lane.step_out(self._n)
         self._delivery = iter(())
         self._source = self._target = self._folded = None
 
