@@ -283,9 +283,11 @@ class Pull:
             self._target[:] = self._folded
         self._leave()
         if not self.commits and not errand.small and lane.readable:  # others read this member's own memory
+            self._entered = True  # until they are out, there is something to withdraw
             pending = list(lane.others)
             while pending := [rank for rank in pending if lane.phase(rank, n) != OUT]:
                 yield False
+            self._entered = False
 
     def _enter(self) -> None:
         """Show the input."""
