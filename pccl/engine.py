@@ -434,6 +434,8 @@ class Engine:
             logger.warning("no link to peer %d: %s", uid, e)
             return False
         if self.executor.flows.get(uid) is not flow:  # the peer, or this one, has gone meanwhile
+            if link.near:
+                link.near.close()
             link.close()
             return False
         self._attach(flow, link)
