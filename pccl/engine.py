@@ -655,6 +655,9 @@ class Engine:
             for record in membership.abandon():
                 op = self._op(record)
                 self.halt(membership.comm, record)
+                if op.decided:
+                    self.finish(membership.comm, record, Outcome(True, membership.view))
+                    continue
                 op.restore()
                 op.settle(self.error)
 

@@ -1,0 +1,44 @@
+"""What members of one host do in shared memory besides reducing: evictions, mismatches, many communicators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+import pccl
+from pccl import sync
+from pccl.collectives.executor import Executor
+from pccl.collectives.pull import Pull
+from tests.checks.support import in_threads
+
+
+@pytest.mark.parametrize("count", [3, 300_000])
+def test_who_is_evicted_after_a_commit_has_its_result(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others have committed, and the result is on its way to its place: there is no way back."""
+    deliver, step = Pull._deliver, Executor.step
+    evicted: list[Executor] = []
+
+    def slowly(self: Pull) -> Iterator[bool]:
+        yield True
+        yield from deliver(self)
+
+    def interrupted(self: Executor) -> bool:
+        moved = step(self)
+        if not evicted and any(pull.committed for pull in self._pulls):
+            evicted.append(self)
+            self._host._out(pccl.Evicted("a test says so"))  # type: ignore[attr-defined]
+        return moved
+
+    monkeypatch.setattr(Pull, "_deliver", slowly)
+    monkeypatch.setattr(Executor, "step", interrupted)
+
+    def body(comm: sync.Communicator) -> bool:
+        x = np.full(count, comm.rank + 1.0)
+        comm.all_reduce(x, async_op=True).wait()
+        assert (x == 3).all()
+        return comm._runtime.engine.error is None
+
+    assert sorted(in_threads(2, body)) == [False, True]
+    assert evicted
