@@ -168,7 +168,7 @@ class Ledger:
         self._acks[uid] = m.ack
         self._note_skip(uid, m, now)
         call = self.calls.get(m.call)
-        if call and call.flags & Flag.PLAIN:
+        if call and call.flags & Flag.PLAIN and m.signature in (signature for signature, _ in call.claims.values()):
             call.done.add(uid)
             if not call.verdict and call.done >= call.claims.keys():
                 del self.calls[m.call]
