@@ -22,6 +22,7 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
+from pccl.core.errors import InvalidArgument
 from pccl.core.types import LOCAL_CALLS as RING
 from pccl.core.types import Epoch
 from pccl.transports.region import ASLEEP, FIRST, OtherShared, OwnShared, full_fence
@@ -35,8 +36,8 @@ _CALL = 4
 
 SMALL = 64 << 10
 """Bytes of input that fit into a slot."""
-LANES = 64
-"""Epochs of communicators, before one's place is used again."""
+LANES = 256
+"""Epochs of communicators that have a place at a time; each has two, its present one and the one before"""
 
 _LINE = 64
 """Bytes of a slot's words: a cache line of its own"""
@@ -56,21 +57,35 @@ class Commons:
     def __init__(self, region: OwnShared) -> None:
         self.region = region
         self._turn = 0
+        self._lanes: set[int] = set()
+        """Offsets of those that are open"""
         self._taken: dict[int, int] = {}
         """offset -> bytes"""
         self._dirty = False
         self._idle_since: float | None = None
 
     def open_lane(self, epoch: Epoch) -> int:
-        """The offset of a lane for an epoch, from now on to be found by the others."""
-        offset = FIRST + self._turn * _LANE_BYTES
-        self._turn = (self._turn + 1) % LANES
+        """The offset of a lane for an epoch, from now on to be found by the others. The place of one that is closed is used again late.
+
+        Raises:
+            InvalidArgument: too many are open.
+        """
+        places = (FIRST + (self._turn + k) % LANES * _LANE_BYTES for k in range(LANES))
+        offset = next((place for place in places if place not in self._lanes), None)
+        if offset is None:
+            raise InvalidArgument(f"too many communicators share memory here ({LANES // 2} can): leave those that are not needed any more")
+        self._lanes.add(offset)
+        self._turn = ((offset - FIRST) // _LANE_BYTES + 1) % LANES
         words, at = self.region.words, offset // 8
         words[at] = 0
         self.region.view(offset + _LINE, _LINE * RING)[:] = 0
         words[at + 1] = epoch.rid
         words[at] = _name(epoch)
         return offset
+
+    def close_lane(self, offset: int) -> None:
+        """Nobody looks for it any more."""
+        self._lanes.discard(offset)
 
     def take(self, nbytes: int) -> int:
         """The offset of free memory, in whole cache lines.
@@ -218,6 +233,11 @@ class Lane:
         """No member will read anything of this epoch any more."""
         for slot in range(RING):
             self._give(slot)
+        self.commons.close_lane(self._offset)
+
+    def is_over(self) -> bool:
+        """Whether everyone who lives is out of all calls that this member has made."""
+        return all(not last or self._is_over(slot, living=True) for slot, last in enumerate(self._last))
 
     # --- the others' --------------------------------------------------------------------------------------------------
 
@@ -254,14 +274,14 @@ class Lane:
         offset = self._found.get(rank) or self._find(rank)
         return self.others[rank].words[offset // 8 + 8 * (slot + 1)] if offset else 0
 
-    def _is_over(self, slot: int) -> bool:
+    def _is_over(self, slot: int, *, living: bool = False) -> bool:
         """Whether everyone is out of the call that one's own slot was used for last, this member included."""
         call = self._last[slot] >> _CALL
         if self._last[slot] & 7 < OUT:
             return False
-        for rank in self.others:
+        for rank, other in self.others.items():
             state = self._state(rank, slot)
-            if state >> _CALL < call or (state >> _CALL == call and state & 7 < OUT):
+            if (state >> _CALL < call or (state >> _CALL == call and state & 7 < OUT)) and not (living and not other.is_alive()):
                 return False
         return True
 

@@ -108,6 +108,8 @@ class Engine:
         """Of the communicators whose members all share memory"""
         self._past_lanes: dict[int, Lane] = {}
         """Those of their last epochs: somebody may still read there."""
+        self._left_lanes: list[Lane] = []
+        """Those of communicators that this peer has left, likewise"""
         self._neighbours: dict[OtherShared, None] = {}
         self._stepping = False
         self.poller = Poller(client, self._links, self._is_alone, lambda e: self._complain("a handler failed", e), self.executor, region)
@@ -177,7 +179,7 @@ class Engine:
             self.executor.drop_flow(uid)
         await self._transport.close()
         self._spare = None
-        self.lanes, self._past_lanes, self._commons = {}, {}, None
+        self.lanes, self._past_lanes, self._left_lanes, self._commons = {}, {}, [], None
         self._leave_neighbours()
         region, self._region = self._region, None
         if region:
@@ -362,6 +364,12 @@ class Engine:
     def _drop_spare(self) -> None:
         self._spare = None
 
+    def _close_lanes(self) -> None:
+        """Those that were left and that nobody reads in any more."""
+        for lane in [lane for lane in self._left_lanes if lane.is_over()]:
+            self._left_lanes.remove(lane)
+            lane.close()
+
     def _trim(self) -> None:
         """Give shared memory back that no call has needed for a while."""
         if self._commons and self._commons.unused_for(self._loop.time()) >= SPARE_KEPT:
@@ -488,7 +496,7 @@ class Engine:
     def _leave_neighbours(self) -> None:
         """Let go of those with whom there is neither a link nor a lane."""
         linked = {link.near for link in self._links()}
-        for lane in (*self.lanes.values(), *self._past_lanes.values()):
+        for lane in (*self.lanes.values(), *self._past_lanes.values(), *self._left_lanes):
             linked.update(lane.others.values())
         for gone in [other for other in self._neighbours if other not in linked]:
             del self._neighbours[gone]
@@ -675,8 +683,8 @@ class Engine:
             self._leaving_subs.discard(comm)
             left = comms.pop(comm)
             left.leave()
-            self.lanes.pop(comm, None)
-            self._past_lanes.pop(comm, None)
+            self._left_lanes += [lane for lane in (self.lanes.pop(comm, None), self._past_lanes.pop(comm, None)) if lane]
+            self._close_lanes()
             self.executor.leave_epoch(left.epoch, [m.uid for m in left.view.members])
         if self._leaving and not self._left and not any(c.in_flight for c in comms.values()):
             self._left = True
@@ -757,6 +765,7 @@ class Engine:
         if self._peer and self.error is None:
             self._peer.beat(self.executor.progress)
             self._watch_deadlines()
+            self._close_lanes()
             self._trim()
             for uid in self.executor.silent_flows(self.options.path_timeout):
                 flow = self.executor.flow(uid)

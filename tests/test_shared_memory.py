@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ import pccl
 from pccl import sync
 from pccl.collectives.executor import Executor
 from pccl.collectives.pull import Pull
-from tests.checks.support import each, group, in_threads, outcomes
+from tests.checks.support import each, group, in_threads, outcomes, until
 
 
 async def total(comms: list[Any], **how: Any) -> None:
@@ -52,8 +53,7 @@ def test_who_is_evicted_after_a_commit_has_its_result(count: int, monkeypatch: p
     assert evicted
 
 
-@pytest.mark.parametrize("first", ["the reduction", "the round"])
-async def test_a_round_without_calls_where_others_reduce(first: str) -> None:
+async def test_a_round_without_calls_where_others_reduce() -> None:
     """It is done at once, and sends nothing by which the others could tell."""
     async with group(2) as comms:
 
@@ -62,9 +62,40 @@ async def test_a_round_without_calls_where_others_reduce(first: str) -> None:
                 pass
 
         x = np.ones(100_000)
-        calls = [comms[0].all_reduce(x), empty_round()]
-        for error in await outcomes(calls if first == "the reduction" else calls[::-1], within=10.0):
+        reduction = asyncio.create_task(comms[0].all_reduce(x))
+        engine = comms[0]._runtime.engine
+        await until(lambda: any(record.announced for record in engine.membership(0)._open.values()))
+        await each(c.barrier(tag="the master has heard of it") for c in comms)
+        for error in await outcomes([reduction, empty_round()], within=10.0):
             assert isinstance(error, pccl.CollectiveMismatch), error
             assert len(error.calls) == 2
         assert (x == 1).all()
         await total(comms)
+
+
+async def test_more_communicators_than_come_and_go_at_once() -> None:
+    """Each has its own place in shared memory as long as it lives."""
+    async with group(2) as comms:
+        old = await each(c.split(0) for c in comms)
+        for _ in range(150):
+            halves = await each(c.split(0) for c in comms)
+            await total(halves)
+            await each(half.leave() for half in halves)
+        for _ in range(20):
+            await total(old)
+            await total(comms)
+
+
+async def test_a_communicator_that_is_left_takes_no_memory_with_it() -> None:
+    async with group(2) as comms:
+        halves = await each(c.split(0) for c in comms)
+        tensors = [np.full(100_000, 1.0) for _ in comms]
+        await each(c.all_reduce(x) for c, x in zip(halves, tensors, strict=True))
+        commons = [c._runtime.engine._commons for c in comms]
+        assert all(c and c._taken for c in commons)
+        await each(half.leave() for half in halves)
+        for engine in (c._runtime.engine for c in comms):
+            engine._loop.call_soon_threadsafe(engine._close_lanes)
+        await total(comms)
+        await total(comms)
+        assert not any(c and c._taken for c in commons)
