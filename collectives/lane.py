@@ -22,6 +22,7 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
+from pccl.core.errors import InvalidArgument
 from pccl.core.types import LOCAL_CALLS as RING
 from pccl.core.types import Epoch
 from pccl.transports.region import ASLEEP, FIRST, OtherShared, OwnShared, full_fence
@@ -38,7 +39,7 @@ _CALL = 4
 SMALL = 64 << 10
 """Bytes of input that fit into a slot."""
 LANES = 1024
-"""A communicator has up to two: for its epoch and for the one before."""
+"""Epochs of communicators that have a place at a time; each has two, its present one and the one before"""
 
 _LINE = 64
 """Bytes of a slot's words: a cache line of its own"""
@@ -62,24 +63,26 @@ class Commons:
 
     def __init__(self, region: OwnShared) -> None:
         self.region = region
+        self._turn = 0
         self._lanes: set[int] = set()
-        """Numbers of those in use"""
+        """Offsets of those that are open"""
         self._taken: dict[int, int] = {}
         """offset -> bytes"""
         self._dirty = False
         self._idle_since: float | None = None
 
     def open_lane(self, epoch: Epoch) -> int:
-        """The offset of a lane for an epoch, from now on to be found by the others.
+        """The offset of a lane for an epoch, from now on to be found by the others. The place of one that is closed is used again late.
 
         Raises:
-            MemoryError: there is none left.
+            InvalidArgument: too many are open.
         """
-        number = next((k for k in range(LANES) if k not in self._lanes), None)
-        if number is None:
-            raise MemoryError(f"all {LANES} lanes are in use: this process has too many communicators on this host")
-        self._lanes.add(number)
-        offset = FIRST + number * _LANE_BYTES
+        places = (FIRST + (self._turn + k) % LANES * _LANE_BYTES for k in range(LANES))
+        offset = next((place for place in places if place not in self._lanes), None)
+        if offset is None:
+            raise InvalidArgument(f"too many communicators share memory here ({LANES // 2} can): leave those that are not needed any more")
+        self._lanes.add(offset)
+        self._turn = ((offset - FIRST) // _LANE_BYTES + 1) % LANES
         words, at = self.region.words, offset // 8
         words[at] = 0
         self.region.view(offset + _LINE, _LINE * RING)[:] = 0
@@ -88,9 +91,8 @@ class Commons:
         return offset
 
     def close_lane(self, offset: int) -> None:
-        """Nobody will look for it any more."""
-        self.region.words[offset // 8] = 0
-        self._lanes.discard((offset - FIRST) // _LANE_BYTES)
+        """Nobody looks for it any more."""
+        self._lanes.discard(offset)
 
     def take(self, nbytes: int) -> int:
         """The offset of free memory, in whole cache lines.
@@ -159,14 +161,34 @@ class Lane:
         """The last state of each of one's own slots"""
         self._kept: list[list[int]] = [[] for _ in range(RING)]
         """Memory taken for the call in each slot"""
+        self._lines: list[list[int]] = [[] for _ in range(RING)]
+        """Of each slot: this member's calls that want it, the one that has it first"""
         self._asides: dict[int, npt.NDArray[np.uint8]] = {}
 
     # --- one's own words ----------------------------------------------------------------------------------------------
 
+    def line_up(self, n: int) -> None:
+        """Call n wants its slot. One's own calls have it in their order: the others' have."""
+        self._lines[n % RING].append(n)
+
+    def step_out(self, n: int) -> None:
+        """Call n does not want it any more."""
+        line = self._lines[n % RING]
+        if n in line:
+            line.remove(n)
+
     def is_free(self, n: int) -> bool:
         """Whether the slot for call n may be used: everyone is out of the call that used it before."""
         slot = n % RING
-        if self._last[slot] and not self._is_over(slot):
+        if self._lines[slot][0] != n or (self._last[slot] and not self._is_over(slot)):
+            return False
+        self._give(slot)
+        return True
+
+    def is_open(self, n: int) -> bool:
+        """Whether a call that has not lined up may use the slot: no other one waits for it, and it is free."""
+        slot = n % RING
+        if self._lines[slot] or (self._last[slot] and not self._is_over(slot)):
             return False
         self._give(slot)
         return True
@@ -246,11 +268,6 @@ class Lane:
         self.commons.close_lane(self._offset)
 
     @property
-    def is_quiet(self) -> bool:
-        """Whether everyone is out of every call that this member has made."""
-        return all(not self._last[slot] or self._is_over(slot) for slot in range(RING))
-
-    @property
     def manner(self) -> str:
         """In words, how data goes."""
         return "reading each other's memory" if self.readable else "copying into shared memory, since the system forbids to read others'"
@@ -260,15 +277,21 @@ class Lane:
         """Every member has been seen in this epoch."""
         return len(self._found) == len(self.others)
 
+    def is_over(self) -> bool:
+        """Whether everyone who lives is out of all calls that this member has made."""
+        return all(not last or self._is_over(slot, living=True) for slot, last in enumerate(self._last))
+
     # --- the others' --------------------------------------------------------------------------------------------------
 
     def phase(self, rank: int, n: int) -> int:
-        """How far a member is in call n: 0 if it has not come there; OUT if it has gone on."""
+        """How far a member is in call n: 0 if it has not come there; OUT if it has gone on, VOID if it has done so without this member."""
         now = self._state(rank, n % RING)
         call = now >> _CALL
         if call == n + 1:
             return now >> _PHASE & 7
-        return OUT if call > n + 1 else 0
+        if call < n + 1:
+            return 0
+        return OUT if self._last[n % RING] >= state(n, OUT) else VOID
 
     def anyone_waits(self, n: int) -> bool:
         """Whether any member said, when it was DONE, that newcomers wait; once all are. All members find the same."""
@@ -293,12 +316,15 @@ class Lane:
         offset = self._found.get(rank) or self._find(rank)
         return self.others[rank].words[offset // 8 + 8 * (slot + 1)] if offset else 0
 
-    def _is_over(self, slot: int) -> bool:
-        """Whether everyone is out of the call that one's own slot was used for last."""
+    def _is_over(self, slot: int, *, living: bool = False) -> bool:
+        """Whether everyone is out of the call that one's own slot was used for last, this member included."""
         call = self._last[slot] >> _CALL
-        for rank in self.others:
+        if self._last[slot] >> _PHASE & 7 < OUT:
+            return False
+        for rank, other in self.others.items():
             now = self._state(rank, slot)
-            if now >> _CALL < call or (now >> _CALL == call and now >> _PHASE & 7 < OUT):
+            behind = now >> _CALL < call or (now >> _CALL == call and now >> _PHASE & 7 < OUT)
+            if behind and not (living and not other.is_alive()):
                 return False
         return True
 

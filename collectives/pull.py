@@ -195,6 +195,7 @@ class Pull:
         self._stranger = -1
         """Uid of a member whose call is another one"""
         self._course = self._run()
+        lane.line_up(self._n)
 
     # --- Moving -------------------------------------------------------------------------------------------------------
 
@@ -255,6 +256,7 @@ class Pull:
         """It is over, and knows no tensors any more."""
         self._give_scratch()
         self._course.close()
+        self._lane.step_out(self._n)
         self._delivery = iter(())
         self._source = self._target = self._folded = None
 
@@ -302,9 +304,11 @@ class Pull:
             self._target[:] = self._folded
         self._leave()
         if not self.commits and not errand.small and lane.readable:  # others read this member's own memory
+            self._entered = True  # until they are out, there is something to withdraw
             pending = list(lane.others)
             while pending := [rank for rank in pending if lane.phase(rank, n) != OUT]:
                 yield False
+            self._entered = False
 
     def _enter(self) -> None:
         """Show the input."""

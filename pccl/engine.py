@@ -25,7 +25,16 @@ from pccl.collectives.quantize import Codec
 from pccl.collectives.reduction import Kernels
 from pccl.core import codec
 from pccl.core.codec import WireError
-from pccl.core.errors import ConnectError, Evicted, InternalError, MasterUnreachable, PcclError, StateConflict, VersionMismatch
+from pccl.core.errors import (
+    ConnectError,
+    Evicted,
+    InternalError,
+    InvalidArgument,
+    MasterUnreachable,
+    PcclError,
+    StateConflict,
+    VersionMismatch,
+)
 from pccl.core.messages import PeerInfo, Prepare, Reason, SplitResult, Waiting
 from pccl.core.options import Options
 from pccl.core.types import CallId, Epoch, Info, View
@@ -118,7 +127,7 @@ class Engine:
         self._past_lanes: dict[int, Lane] = {}
         """Those of their last epochs: somebody may still read there."""
         self._left_lanes: list[Lane] = []
-        """Those of communicators that this member has left, likewise"""
+        """Those of communicators that this peer has left, likewise"""
         self._neighbours: dict[OtherShared, None] = {}
         self._stepping = False
         self.poller = Poller(client, self._links, self._is_alone, lambda e: self._complain("a handler failed", e), self.executor, region)
@@ -451,6 +460,12 @@ class Engine:
     def _drop_spare(self) -> None:
         self._spare = None
 
+    def _close_lanes(self) -> None:
+        """Those that were left and that nobody reads in any more."""
+        for lane in [lane for lane in self._left_lanes if lane.is_over()]:
+            self._left_lanes.remove(lane)
+            lane.close()
+
     def _trim(self) -> None:
         """Give shared memory back that no call has needed for a while."""
         if self._commons and self._commons.unused_for(self._loop.time()) >= SPARE_KEPT:
@@ -523,6 +538,8 @@ class Engine:
             logger.warning("no link to peer %d: %s", uid, e)
             return False
         if self.executor.flows.get(uid) is not flow:  # the peer, or this one, has gone meanwhile
+            if link.near:
+                link.near.close()
             link.close()
             return False
         self._attach(flow, link)
@@ -585,9 +602,7 @@ class Engine:
         """Have a place in shared memory for a communicator's new epoch, if all its members do."""
         assert self._peer
         past, last = self._past_lanes.pop(comm, None), self.lanes.pop(comm, None)
-        for lane in [lane for lane in self._left_lanes if lane.is_quiet]:
-            self._left_lanes.remove(lane)
-            lane.close()
+        self._close_lanes()
         if past:
             past.close()
         if last:
@@ -601,7 +616,7 @@ class Engine:
         if len(others) == len(membership.view.members) - 1:
             try:
                 self.lanes[comm] = lane = Lane(self._commons, membership.epoch, mine, others)
-            except MemoryError as e:  # the others would wait for this member
+            except InvalidArgument as e:  # the others would wait for this member
                 self._out(Evicted(str(e)))
                 self._spawn(self._client.close())
                 return
@@ -748,6 +763,9 @@ class Engine:
             for record in membership.abandon():
                 op = self._op(record)
                 self.halt(membership.comm, record)
+                if op.decided:
+                    self.finish(membership.comm, record, Outcome(True, membership.view))
+                    continue
                 op.restore()
                 op.settle(self.error)
 
@@ -765,7 +783,8 @@ class Engine:
             self._leaving_subs.discard(comm)
             left = comms.pop(comm)
             left.leave()
-            self._left_lanes += [lanes.pop(comm) for lanes in (self.lanes, self._past_lanes) if comm in lanes]
+            self._left_lanes += [lane for lane in (self.lanes.pop(comm, None), self._past_lanes.pop(comm, None)) if lane]
+            self._close_lanes()
             self.executor.leave_epoch(left.epoch, [m.uid for m in left.view.members])
         if self._leaving and not self._left and not any(c.in_flight for c in comms.values()):
             self._left = True
@@ -851,6 +870,7 @@ class Engine:
         if self._peer and self.error is None:
             self._peer.beat(self.executor.progress)
             self._watch_deadlines()
+            self._close_lanes()
             self._trim()
             for uid in self.executor.silent_flows(self.options.path_timeout):
                 flow = self.executor.flow(uid)

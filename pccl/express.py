@@ -108,14 +108,14 @@ class Express:
             self.become_operation()
         if self.op:
             return None
-        pull = part.pull
-        if pull and how.atomic:
-            self._membership.committed(CallId(None, self._index), pull.waiting)
         return part.commit(engine, view, self._began, 1)
 
     def transfer_done(self) -> None:
-        """The result is here."""
+        """The result is here. Before anything else is heard, of a fence for example, a commit is noted."""
         self.settled = self._part.done = True
+        pull = self._part.pull
+        if pull and self._how.atomic:
+            self._membership.committed(CallId(None, self._index), pull.waiting)
 
     def become_operation(self) -> None:
         """Have a record from now on."""

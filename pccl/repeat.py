@@ -108,7 +108,7 @@ class Repeat:
             began = time.perf_counter()
             membership, lane = self._membership, self._lane
             n = membership.next_index
-            if membership.epoch is not self._epoch or not membership.is_clear or not lane.is_free(n):
+            if membership.epoch is not self._epoch or not membership.is_clear or not lane.is_open(n):
                 runtime.give_back()
                 return None
             slot = n % LOCAL_CALLS

@@ -13,6 +13,7 @@ import pytest
 import pccl
 from pccl import sync
 from pccl.calls import Part
+from pccl.core.types import CallId
 from pccl.express import Express
 from pccl.sync import Work
 from tests.checks.support import in_threads
@@ -288,3 +289,27 @@ def test_updates_and_calls_with_records_among_them() -> None:
                 assert all(work.wait().out[0] == 2 for work in works)
 
     in_threads(2, body)
+
+
+def test_a_fence_right_after_a_commit_in_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The member reports the call as committed, though its caller has not got it yet: the others may not have seen that."""
+    said: list[str | None] = []
+    done = Express.transfer_done
+
+    def fenced(self: Express) -> None:
+        done(self)
+        membership = self._membership
+        report = {c.call: c.state for c in membership.stop().calls}
+        said.append(report.get(CallId(None, self._index)))
+        membership.stopped = False
+
+    monkeypatch.setattr(Express, "transfer_done", fenced)
+
+    def body(comm: sync.Communicator) -> None:
+        for _ in range(20):
+            x = np.full(3, 1.0)
+            comm.all_reduce(x)
+            assert x[0] == 2
+
+    in_threads(2, body)
+    assert set(said) == {"C"}

@@ -58,6 +58,8 @@ class UnixWire(TcpWire):
         if offer is None or not there or len(fds) != 2:
             for fd in fds:
                 os.close(fd)
+            if offer and there:  # the other side takes it that they have come
+                raise Refusal("no descriptors came along: is the limit of open files (ulimit -n) reached?")
             return None
         other = Neighbour(pid, *fds)
         try:

@@ -208,10 +208,10 @@ class Neighbour(OtherShared):
         finally:
             os.close(fd)
         fork.guard(bell)
+        self._poll = select.poll()
         if self._pidfd >= 0:
             fork.guard(self._pidfd)
-        self._poll = select.poll()
-        self._poll.register(self._pidfd, select.POLLIN)
+            self._poll.register(self._pidfd, select.POLLIN)
         self.memory = np.frombuffer(self._map, np.uint8)
         self.words = memoryview(self._map).cast("Q")
         self._here, self._there = _Piece(), _Piece()

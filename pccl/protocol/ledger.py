@@ -170,7 +170,7 @@ class Ledger:
         if m.flags & Flag.AFTER_SKIP:
             self._note_skip(uid, m.call.n - 1, now)
         call = self.calls.get(m.call)
-        if call and call.flags & Flag.PLAIN:
+        if call and call.flags & Flag.PLAIN and m.signature in (signature for signature, _ in call.claims.values()):
             call.done.add(uid)
             if not call.verdict and call.done >= call.claims.keys():
                 del self.calls[m.call]
