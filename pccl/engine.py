@@ -111,8 +111,8 @@ class Engine:
         self._neighbours: dict[OtherShared, None] = {}
         self._stepping = False
         self.poller = Poller(client, self._links, self._is_alone, lambda e: self._complain("a handler failed", e), self.executor, region)
-        if region and region.fileno() >= 0:
-            self._loop.add_reader(region.fileno(), self._rung)
+        if region:
+            region.notify(self._rung)
 
     # --- life -------------------------------------------------------------------------------------------------------
 
@@ -181,8 +181,7 @@ class Engine:
         self._leave_neighbours()
         region, self._region = self._region, None
         if region:
-            if region.fileno() >= 0:
-                self._loop.remove_reader(region.fileno())
+            region.notify(None)
             region.close()
 
     @property

@@ -8,6 +8,7 @@ where the kernel permits it, its whole memory (process_vm_readv(2)).
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import errno
@@ -19,7 +20,8 @@ import select
 import sys
 import threading
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -44,12 +46,19 @@ def supported() -> bool:
     return sys.platform == "linux" and platform.machine() in ("x86_64", "AMD64") and hasattr(os, "memfd_create")
 
 
+class Words(Protocol):
+    """64-bit words in a row."""
+
+    def __getitem__(self, at: int, /) -> int: ...
+    def __setitem__(self, at: int, value: int, /) -> None: ...
+
+
 class Shared(ABC):
     """A process's region, one's own or a neighbour's."""
 
     memory: Bytes
     """All of it"""
-    words: memoryview
+    words: Words
     """It as 64-bit words. A store is seen by others after all stores before it."""
 
     def view(self, offset: int, nbytes: int) -> Bytes:
@@ -68,7 +77,11 @@ class OwnShared(Shared):
 
     @abstractmethod
     def fileno(self) -> int:
-        """What becomes readable when a neighbour rings; -1 if `receive` is called by other means."""
+        """What becomes readable when a neighbour rings; -1 if there is nothing."""
+
+    @abstractmethod
+    def notify(self, callback: Callable[[], None] | None) -> None:
+        """Call this from the loop whenever a neighbour rings (again and again until `receive`); None to stop."""
 
     @abstractmethod
     def receive(self) -> None:
@@ -140,7 +153,7 @@ class Region(OwnShared):
         fork.guard(self.fd)
         fork.guard(self.bell)
         self.memory = np.frombuffer(self._map, np.uint8)
-        self.words = memoryview(self._map).cast("Q")
+        self.words: memoryview[int] = memoryview(self._map).cast("Q")
         self.nonce = ctypes.create_string_buffer(os.urandom(16), 16)
         """What a neighbour reads to see whether it can"""
         permit_reading()
@@ -148,6 +161,14 @@ class Region(OwnShared):
     def fileno(self) -> int:
         """What becomes readable when a neighbour rings."""
         return self.bell
+
+    def notify(self, callback: Callable[[], None] | None) -> None:
+        """By the loop that runs."""
+        loop = asyncio.get_running_loop()
+        if callback:
+            loop.add_reader(self.bell, callback)
+        else:
+            loop.remove_reader(self.bell)
 
     def receive(self) -> None:
         """Hear the bell."""
@@ -208,7 +229,7 @@ class Neighbour(OtherShared):
         self._poll = select.poll()
         self._poll.register(self._pidfd, select.POLLIN)
         self.memory = np.frombuffer(self._map, np.uint8)
-        self.words = memoryview(self._map).cast("Q")
+        self.words: memoryview[int] = memoryview(self._map).cast("Q")
         self._here, self._there = _Piece(), _Piece()
         self._arguments = (pid, ctypes.byref(self._here), 1, ctypes.byref(self._there), 1, 0)
 
