@@ -242,7 +242,9 @@ class Lane:
 
     def _is_over(self, slot: int) -> bool:
         """Whether everyone is out of the call that one's own slot was used for last."""
-        call = self._last[slot] >> _CALL
+        call, phase = self._last[slot] >> _CALL, self._last[slot] & 7
+        if phase < OUT:
+            return False
         for rank in self.others:
             state = self._state(rank, slot)
             if state >> _CALL < call or (state >> _CALL == call and state & 7 < OUT):

@@ -1,0 +1,50 @@
+"""When a slot of a lane may be used again."""
+
+from __future__ import annotations
+
+import pytest
+
+from pccl.collectives.lane import DONE, IN, OUT, RING, ROOM, VOID, Commons, Lane
+from pccl.core.types import Epoch
+from pccl.transports.memory_region import MemoryHost, MemoryRegion
+from pccl.transports.region import supported
+
+pytestmark = pytest.mark.skipif(not supported(), reason="shared memory needs Linux on x86-64")
+
+
+def lanes(world: int) -> list[Lane]:
+    host = MemoryHost()
+    regions = [MemoryRegion(host, ROOM + (1 << 20)) for _ in range(world)]
+    met = [{r: regions[mine].meet(other) for r, other in enumerate(regions) if r != mine} for mine in range(world)]
+    return [
+        Lane(Commons(region), Epoch(1, 1, 1), rank, {r: o for r, o in met[rank].items() if o is not None})
+        for rank, region in enumerate(regions)
+    ]
+
+
+@pytest.mark.parametrize("late", range(3))
+@pytest.mark.parametrize("phase", [IN, DONE])
+def test_a_slot_is_free_when_everyone_is_out(late: int, phase: int) -> None:
+    """This member, too: it may have several calls in flight."""
+    members = lanes(3)
+    for lane in members:
+        assert lane.is_free(5)
+        lane.enter(5, 1, 0)
+        assert not lane.is_free(5 + RING)
+    for rank, lane in enumerate(members):
+        lane.publish(5, phase if rank == late else OUT)
+    assert not any(lane.is_free(5 + RING) for lane in members)
+    members[late].publish(5, OUT)
+    assert all(lane.is_free(5 + RING) for lane in members)
+
+
+@pytest.mark.parametrize("end", [OUT, VOID])
+def test_memory_of_a_call_is_kept_until_everyone_is_out(end: int) -> None:
+    members = lanes(2)
+    for lane in members:
+        lane.enter(5, 1, 0)
+    _, where = members[0].take(5, 1000)
+    members[1].publish(5, OUT)
+    assert members[0].take(6, 1000)[1] != where
+    members[0].publish(5, end)
+    assert members[0].take(7, 1000)[1] == where
