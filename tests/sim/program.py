@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import random
-from collections import defaultdict
+from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,7 +42,12 @@ MADE: contextvars.ContextVar[list[Operation]] = contextvars.ContextVar("made")
 
 SIZES = (1, 5, 50, 50, 9000, 9000, 150000)
 KINDS = ("plain", "retry", "out", "round", "tagged", "gather", "loose", "broadcast", "neighbours", "sub")
-
+NEAR_KINDS = (*KINDS, "plain", "out", "loose", "burst")
+"""Of members that share memory"""
+BURST = 24
+"""Calls: more than there are slots in a lane"""
+KEPT = 24
+"""So many buffers of its last calls a member keeps: nobody may read them any more, and whoever does gets what is in them now"""
 
 CANCELS = 40
 """So many calls of a run are cancelled at most: each costs all members a step."""
@@ -121,6 +126,8 @@ class Plan:
     """Where in the text the update stands"""
     wait_for: int = 0
     """Update until there are so many members, before the loop begins"""
+    near: bool = False
+    """Members share memory"""
     may_evict: bool = True
     """Whether a fault of the run may cost a living member its membership"""
 
@@ -155,6 +162,7 @@ class Trainer:
 
         comm._operation = note  # type: ignore[method-assign]
         self.own = random.Random(f"{self.seed} {name}")
+        self.old: deque[npt.NDArray[np.float32]] = deque(maxlen=KEPT)
         self.step = 0
         self.weights = np.zeros(50, np.float32)
         self.synced = False
@@ -204,7 +212,8 @@ class Trainer:
         step = self.step
         # the text of a step: the same on all members, since they have the same step
         text = random.Random(f"{self.seed} step {step}")
-        jobs = [(k, text.choice(KINDS), text.choice(SIZES)) for k in range(self.plan.calls)]
+        kinds = NEAR_KINDS if self.plan.near else KINDS
+        jobs = [(k, text.choice(kinds), text.choice(SIZES)) for k in range(self.plan.calls)]
         if self.own.random() < self.plan.late:
             await asyncio.sleep(self.own.random() * 0.5)
         if text.random() < 0.5:
@@ -250,6 +259,8 @@ class Trainer:
             return await self.neighbours(step, k, size)
         if kind == "sub":
             return await self.sub(step, k, size)
+        if kind == "burst":
+            return await self.burst(step, k)
         op = "sum"
         root = 0
         if kind == "gather":
@@ -269,11 +280,13 @@ class Trainer:
             info: Info = await self.timed(coroutine, cancel=True)
         except PcclError as e:
             if kind == "loose" and isinstance(e, CollectiveError):
+                self.spoil(x)
                 return k, 0.0  # others may have the result: what a program does next must not depend on it
             self.failed(made[0], "", e)
             input_only = kind not in ("loose", "broadcast") or (kind == "broadcast" and uid == root)
             if input_only and not np.array_equal(x, before):
                 raise Violation(f"P1: {self.name} step {step} {kind}: inputs were not restored after {e!r}") from e
+            self.spoil(x)
             raise
         if kind == "gather":
             value = np.asarray(info.out)
@@ -287,7 +300,36 @@ class Trainer:
         if not retry and info.members != members and info.members != comm.view.members:
             raise Violation(f"P5: {self.name}: {made[0].description} ran with other members than its caller knew, and said nothing")
         self.committed(made[0], "", info, value, expected)
-        return k, 0.0 if kind == "loose" else float(value.sum() % 1000)
+        total = float(value.sum() % 1000)
+        self.spoil(x)
+        return k, 0.0 if kind == "loose" else total
+
+    def spoil(self, x: npt.NDArray[np.float32]) -> None:
+        """The call has ended: from now on its caller may do with its memory what it likes."""
+        x[:] = -1
+        self.old.append(x)
+
+    async def burst(self, step: int, k: int) -> tuple[int, float]:
+        """Many small calls without commit, of which the root needs nothing: it runs ahead. What comes next must not depend on them."""
+        comm = self.comm
+        at_once = (self.seed + step) % 2 == 0
+        xs = [contribution(comm._uid(), step, 100 * k + i, 5) for i in range(BURST)]
+        calls: list[asyncio.Future[Info]] = []
+        for x in xs:
+            calls.append(asyncio.ensure_future(self.timed(comm.broadcast(x, k % comm.world_size, atomic=False))))
+            if not at_once:
+                await asyncio.wait([calls[-1]])
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        for i, (x, result) in enumerate(zip(xs, results, strict=True)):
+            if isinstance(result, Info):
+                root = result.members[k % len(result.members)].uid
+                if not np.array_equal(x, contribution(root, step, 100 * k + i, 5)):
+                    raise Violation(f"wrong result: {self.name}, step {step}, broadcast {i} from {root} of a burst: {x}")
+                self.book.counts["of a burst"] += 1
+            elif not isinstance(result, CollectiveAborted):
+                raise result
+            self.spoil(x)
+        return k, 0.0
 
     async def neighbours(self, step: int, k: int, size: int) -> tuple[int, float]:
         """Everyone sends to the next one and receives from the one before. Commits per pair, so what comes next must not depend on it."""
