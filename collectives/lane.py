@@ -138,17 +138,26 @@ class Lane:
         """The last state of each of one's own slots"""
         self._kept: list[list[int]] = [[] for _ in range(RING)]
         """Memory taken for the call in each slot"""
+        self._wanted: list[set[int]] = [set() for _ in range(RING)]
+        """Calls of this member that wait for each slot"""
         self._asides: dict[int, npt.NDArray[np.uint8]] = {}
 
     # --- one's own words ----------------------------------------------------------------------------------------------
 
     def is_free(self, n: int) -> bool:
-        """Whether the slot for call n may be used: everyone is out of the call that used it before."""
+        """Whether the slot for call n may be used: everyone is out of the call that used it before. Calls get it in their order."""
         slot = n % RING
-        if self._last[slot] and not self._is_over(slot):
+        wanted = self._wanted[slot]
+        if (wanted and min(wanted) < n) or (self._last[slot] and not self._is_over(slot)):
+            wanted.add(n)
             return False
+        wanted.discard(n)
         self._give(slot)
         return True
+
+    def step_back(self, n: int) -> None:
+        """Call n does not wait for its slot any longer."""
+        self._wanted[n % RING].discard(n)
 
     def enter(self, n: int, signature: int, source: int) -> None:
         """This member is in call n; its input lies there."""

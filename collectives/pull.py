@@ -208,6 +208,8 @@ class Pull:
         if self._entered:
             self._entered = False
             self._lane.publish(self._n, VOID)
+        else:
+            self._lane.step_back(self._n)
 
     def conclude(self) -> None:
         """The call is committed: bring the result to its place."""

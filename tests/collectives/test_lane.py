@@ -48,3 +48,29 @@ def test_memory_of_a_call_is_kept_until_everyone_is_out(end: int) -> None:
     assert members[0].take(6, 1000)[1] != where
     members[0].publish(5, end)
     assert members[0].take(7, 1000)[1] == where
+
+
+def test_calls_get_a_slot_in_their_order() -> None:
+    """Though the other member goes out of it between the looks of two that wait."""
+    mine, other = lanes(2)
+    for lane in (mine, other):
+        lane.enter(5, 1, 0)
+    mine.publish(5, OUT)
+    assert not mine.is_free(5 + RING)
+    other.publish(5, OUT)
+    assert not mine.is_free(5 + 2 * RING)
+    assert mine.is_free(5 + RING)
+    mine.enter(5 + RING, 1, 0)
+    assert not mine.is_free(5 + 2 * RING)
+
+
+def test_a_call_that_has_failed_does_not_wait_for_its_slot() -> None:
+    mine, other = lanes(2)
+    for lane in (mine, other):
+        lane.enter(5, 1, 0)
+    assert not mine.is_free(5 + RING)
+    assert not mine.is_free(5 + 2 * RING)
+    mine.step_back(5 + RING)
+    for lane in (mine, other):
+        lane.publish(5, OUT)
+    assert mine.is_free(5 + 2 * RING)
