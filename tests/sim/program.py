@@ -31,7 +31,6 @@ from pccl.core.errors import (
 )
 from pccl.core.types import Epoch, Info, Member
 from pccl.operations import Operation
-from pccl.protocol.record import State
 
 Key = tuple[Epoch, str]
 """(the epoch that founded the group, the call's id)"""
@@ -314,15 +313,21 @@ class Trainer:
         comm = self.comm
         at_once = (self.seed + step) % 2 == 0
         xs = [contribution(comm._uid(), step, 100 * k + i, 5) for i in range(BURST)]
-        calls: list[asyncio.Future[Info]] = []
+        calls: list[asyncio.Task[Info]] = []
+
+        async def one(x: npt.NDArray[np.float32]) -> Info:
+            MADE.set([])
+            found: Info = await self.timed(comm.broadcast(x, 0, atomic=False), cancel=True)
+            return found
+
         for x in xs:
-            calls.append(asyncio.ensure_future(self.timed(comm.broadcast(x, k % comm.world_size, atomic=False))))
+            calls.append(asyncio.create_task(one(x)))
             if not at_once:
                 await asyncio.wait([calls[-1]])
         results = await asyncio.gather(*calls, return_exceptions=True)
         for i, (x, result) in enumerate(zip(xs, results, strict=True)):
             if isinstance(result, Info):
-                root = result.members[k % len(result.members)].uid
+                root = result.members[0].uid
                 if not np.array_equal(x, contribution(root, step, 100 * k + i, 5)):
                     raise Violation(f"wrong result: {self.name}, step {step}, broadcast {i} from {root} of a burst: {x}")
                 self.book.counts["of a burst"] += 1
@@ -410,7 +415,7 @@ class Trainer:
                     return await task
                 except asyncio.CancelledError:
                     op = MADE.get()[-1]
-                    if op.record.state is State.COMMITTED:  # it came too late: the result is in the buffer
+                    if op.noted.info:  # type: ignore[attr-defined]  # it came too late: the result is in the buffer
                         return op.noted.info  # type: ignore[attr-defined]
                     raise CollectiveAborted("cancelled by the test") from None
             return await task
