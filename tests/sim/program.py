@@ -145,6 +145,8 @@ class Trainer:
         self.seed = seed
         self.leaves = False
         """Set to have it stop before its next iteration, and leave"""
+        self.at_once = False
+        """All calls of the present step are made at once"""
 
     async def __call__(self, world: Any, name: str, comm: Communicator) -> None:
         self.world, self.name, self.comm = world, name, comm
@@ -215,7 +217,8 @@ class Trainer:
         jobs = [(k, text.choice(kinds), text.choice(SIZES)) for k in range(self.plan.calls)]
         if self.own.random() < self.plan.late:
             await asyncio.sleep(self.own.random() * 0.5)
-        if text.random() < 0.5:
+        self.at_once = text.random() < 0.5
+        if self.at_once:
             results = await asyncio.gather(
                 *(self.job(step, k, kind, size) for k, kind, size in self.shuffled(jobs)), return_exceptions=True
             )
@@ -311,7 +314,7 @@ class Trainer:
     async def burst(self, step: int, k: int) -> tuple[int, float]:
         """Many small calls without commit, of which the root needs nothing: it runs ahead. What comes next must not depend on them."""
         comm = self.comm
-        at_once = (self.seed + step) % 2 == 0
+        at_once = self.at_once or (self.seed + step) % 2 == 0
         xs = [contribution(comm._uid(), step, 100 * k + i, 5) for i in range(BURST)]
         calls: list[asyncio.Task[Info]] = []
 
