@@ -12,6 +12,8 @@ What the phases promise, and what a member may conclude from them (design sectio
   the commit: the first who sees them all has decided for all.
 - OUT: this member reads nothing more of the others' for this call. Its slot may be used again when everyone is OUT.
 - VOID: the call failed here, and the input is withdrawn: what was read of it is worthless.
+- GONE: this member is in a later call. Who has been in this one, and is out, knows that it was, too. Whoever still is in it knows that it
+  never was, since its slot would have waited: the call failed there.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ from pccl.core.types import LOCAL_CALLS as RING
 from pccl.core.types import Epoch
 from pccl.transports.region import ASLEEP, FIRST, OtherShared, OwnShared, full_fence
 
-IN, DONE, OUT, VOID = 1, 2, 3, 7
-"""Phases, in their order"""
+IN, DONE, OUT, VOID, GONE = 1, 2, 3, 7, 8
+"""Phases, in their order; GONE is none that is written"""
 _WAITING = 8
 """Bit of a state that says that newcomers wait, as far as this member knows"""
 _CALL = 4
@@ -219,12 +221,12 @@ class Lane:
     # --- the others' --------------------------------------------------------------------------------------------------
 
     def phase(self, rank: int, n: int) -> int:
-        """How far a member is in call n: 0 if it has not come there; OUT if it has gone on."""
+        """How far a member is in call n: 0 if it has not come there."""
         state = self._state(rank, n % RING)
         call = state >> _CALL
         if call == n + 1:
             return state & 7
-        return OUT if call > n + 1 else 0
+        return GONE if call > n + 1 else 0
 
     def anyone_waits(self, n: int) -> bool:
         """Whether any member said, when it was DONE, that newcomers wait; once all are. All members find the same."""

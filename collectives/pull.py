@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pccl.collectives.flow import CallKey, Flow, Moving
-from pccl.collectives.lane import DONE, HERE, OUT, SMALL, VOID, Lane
+from pccl.collectives.lane import DONE, GONE, HERE, OUT, SMALL, VOID, Lane
 from pccl.collectives.transfer import Arithmetic
 from pccl.core.frames import Header
 
@@ -284,7 +284,7 @@ class Pull:
         self._leave()
         if not self.commits and not errand.small and lane.readable:  # others read this member's own memory
             pending = list(lane.others)
-            while pending := [rank for rank in pending if lane.phase(rank, n) != OUT]:
+            while pending := [rank for rank in pending if lane.phase(rank, n) not in (OUT, GONE)]:
                 yield False
 
     def _enter(self) -> None:
@@ -307,10 +307,12 @@ class Pull:
     def _has_met(self, rank: int) -> bool:
         """Whether a member is in the call, and not in another one."""
         phase = self._lane.phase(rank, self._n)
-        if phase and self._lane.signature(rank, self._n) != self.signature:
+        if phase in (0, GONE):
+            return False
+        if self._lane.signature(rank, self._n) != self.signature:
             self._stranger = self._uids[rank]
             return False
-        return phase not in (0, VOID)
+        return phase != VOID
 
     def _leave(self) -> None:
         self._entered = False

@@ -1,10 +1,16 @@
-"""When a slot of a lane may be used again."""
+"""Slots of a lane: when one may be used again, and by whom what lies there is read."""
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
+import numpy as np
 import pytest
 
+from pccl.collectives.executor import Executor
+from pccl.collectives.flow import CallKey
 from pccl.collectives.lane import DONE, IN, OUT, RING, ROOM, VOID, Commons, Lane
+from pccl.collectives.pull import Pull, errand
 from pccl.core.types import Epoch
 from pccl.transports.memory_region import MemoryHost, MemoryRegion
 from pccl.transports.region import supported
@@ -74,3 +80,18 @@ def test_a_call_that_has_failed_does_not_wait_for_its_slot() -> None:
     for lane in (mine, other):
         lane.publish(5, OUT)
     assert mine.is_free(5 + 2 * RING)
+
+
+def test_what_a_member_shows_in_a_later_call_is_not_taken_for_that_of_one_it_never_was_in() -> None:
+    """Its own call had failed while it waited for the slot."""
+    mine, other = lanes(2)
+    result = np.zeros(4, np.uint8)
+    work = errand("broadcast", 2, 0, 1, 4, 1)
+    pull = Pull(Mock(spec=Executor), CallKey(mine.epoch, 5, 0), 1, mine, (0, 1), work, None, result, Mock(), commits=False)
+    assert not pull.step()
+    other.room(5 + RING)[:4] = 7
+    other.enter(5 + RING, 1, other.room_at(5 + RING))
+    assert not pull.step()
+    other.publish(5 + RING, OUT)
+    assert not pull.step()
+    assert not result.any()
