@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pccl.collectives.pull import LOCAL
 from pccl.communicator import Communicator
 from pccl.core.errors import (
     CollectiveAborted,
@@ -436,6 +437,8 @@ class Trainer:
             what = f"{self.name} {op.description} {op.record.id} with members {uids}"
             raise Violation(f"wrong result: {what}: {np.asarray(value).ravel()[:4]} not {expected.ravel()[:4]}")
         self.book.counts["committed"] += 1
+        if info.algorithm == LOCAL:
+            self.book.counts["committed locally" if op.atomic else "locally without commit"] += 1
         if info.attempts > 1:
             self.book.counts["retried"] += 1
         if op.atomic:
@@ -444,6 +447,8 @@ class Trainer:
 
     def failed(self, op: Operation, part: str, error: PcclError) -> None:
         """A call has failed; where the member itself is out, that says nothing about the others."""
+        if op.local and self.comm._runtime.engine.lanes.get(0):
+            self.book.counts["aborted locally"] += 1
         if not isinstance(error, (Evicted, StateConflict)) and op.record.id.n >= 0:
             self.book.outcomes[self.key(op, part)].append(Outcome(self.name, False, repr(error), self.place()))
 
