@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
+from pccl.calls import Collective
 from pccl.collectives import transfer
 from pccl.collectives.executor import Executor
 from pccl.collectives.flow import CallKey
+from pccl.collectives.lane import DONE, GONE, IN, OUT, RING, Lane
+from pccl.collectives.pull import Pull
 from pccl.core.messages import Reason
 from pccl.core.types import CallId
 from pccl.engine import Engine
@@ -188,6 +191,145 @@ def a_reason_is_not_looked_at(m: pytest.MonkeyPatch) -> None:
             self.stop(Reason.LOSS, detail)
 
     m.setattr(Ledger, "drop", drop)
+
+
+# --- of members that share memory -------------------------------------------------------------------------------------
+
+
+def state_of(lane: Lane, n: int) -> int:
+    """One's own phase in a call."""
+    return lane._last[n % RING] & 7 if lane._last[n % RING] >> 4 == n + 1 else 0
+
+
+@plant
+def done_is_said_before_the_work(m: pytest.MonkeyPatch) -> None:
+    original = Pull._work
+
+    def work(self: Pull) -> Iterator[bool]:
+        if self.commits:
+            self._lane.publish(self._n, DONE)
+        yield from original(self)
+
+    m.setattr(Pull, "_work", work)
+
+
+@plant
+def the_first_done_that_is_seen_commits(m: pytest.MonkeyPatch) -> None:
+    original = Lane.phase
+
+    def phase(self: Lane, rank: int, n: int) -> int:
+        found = original(self, rank, n)
+        if found == IN and state_of(self, n) == DONE and any(original(self, r, n) == DONE for r in self.others):
+            return DONE
+        return found
+
+    m.setattr(Lane, "phase", phase)
+
+
+@plant
+def a_fenced_member_forgets_its_commits(m: pytest.MonkeyPatch) -> None:
+    original = Membership.committed
+
+    def committed(self: Membership, call: CallId, waiting: bool) -> None:
+        original(self, call, waiting)
+        self._local.clear()
+
+    m.setattr(Membership, "committed", committed)
+
+
+@plant
+def a_fenced_member_reports_what_it_saw_as_its_own_result(m: pytest.MonkeyPatch) -> None:
+    m.setattr(Collective, "decided", False)
+
+
+@plant
+def after_done_a_member_ends_a_call_alone(m: pytest.MonkeyPatch) -> None:
+    m.setattr(Collective, "exposed", False)
+
+
+@plant
+def an_input_is_not_withdrawn(m: pytest.MonkeyPatch) -> None:
+    def withdraw(self: Pull) -> None:
+        self._entered = False
+        self._lane.step_back(self._n)
+
+    m.setattr(Pull, "withdraw", withdraw)
+
+
+@plant
+def what_was_read_is_not_confirmed(m: pytest.MonkeyPatch) -> None:
+    m.setattr(Pull, "_confirm", lambda self: iter(()))
+
+
+@plant
+def a_slot_is_used_while_others_are_in_it(m: pytest.MonkeyPatch) -> None:
+    m.setattr(Lane, "is_free", lambda self, n: not 0 < self._last[n % RING] & 7 < OUT)
+
+
+@plant
+def a_slot_is_used_while_its_own_member_is_in_it(m: pytest.MonkeyPatch) -> None:
+    original = Lane._is_over
+
+    def is_over(self: Lane, slot: int) -> bool:
+        last = self._last[slot]
+        self._last[slot] |= OUT
+        try:
+            return original(self, slot)
+        finally:
+            self._last[slot] = last
+
+    m.setattr(Lane, "_is_over", is_over)
+
+
+@plant
+def who_is_in_a_later_call_has_been_in_this_one(m: pytest.MonkeyPatch) -> None:
+    original = Lane.phase
+
+    def phase(self: Lane, rank: int, n: int) -> int:
+        found = original(self, rank, n)
+        return OUT if found == GONE else found
+
+    m.setattr(Lane, "phase", phase)
+
+
+@plant
+def who_is_out_does_not_wait_for_readers(m: pytest.MonkeyPatch) -> None:
+    original = Lane.phase
+    m.setattr(Lane, "phase", lambda self, rank, n: OUT if state_of(self, n) == OUT else original(self, rank, n))
+
+
+@plant
+def signatures_in_shared_memory_are_not_compared(m: pytest.MonkeyPatch) -> None:
+    m.setattr(Pull, "_has_met", lambda self, rank: self._lane.phase(rank, self._n) in (IN, DONE, OUT))
+
+
+@plant
+def memory_of_the_last_epoch_is_used_at_once(m: pytest.MonkeyPatch) -> None:
+    original = Engine._open_lane
+
+    def open_lane(self: Engine, comm: int) -> None:
+        if comm in self.lanes:
+            self.lanes[comm].close()
+        original(self, comm)
+
+    m.setattr(Engine, "_open_lane", open_lane)
+
+
+@plant
+def a_new_epoch_of_the_same_members_goes_on_in_the_old_lane(m: pytest.MonkeyPatch) -> None:
+    original = Engine._open_lane
+
+    def open_lane(self: Engine, comm: int) -> None:
+        lane = self.lanes.get(comm)
+        if lane is None or len(lane.others) + 1 != self.membership(comm).view.world_size:
+            original(self, comm)
+
+    m.setattr(Engine, "_open_lane", open_lane)
+
+
+@plant
+def each_member_goes_by_its_own_word_on_newcomers(m: pytest.MonkeyPatch) -> None:
+    m.setattr(Lane, "anyone_waits", lambda self, n: self.waiting)
 
 
 @pytest.fixture(autouse=True)
