@@ -228,6 +228,11 @@ class Executor:
         """Payload bytes were received or sent."""
         self.progress += n
 
+    def made_way(self) -> None:
+        """A slot is free that a call may wait for."""
+        if self._pulls:
+            self._host.step_soon()
+
     def link_lost(self, flow: Flow, error: Exception) -> None:
         """A link broke."""
         self._host.flow_broken(flow.uid, error, lacking=any(transfer.lacks(flow) for transfer in self._transfers.values()))

@@ -123,6 +123,9 @@ class PullHost(Protocol):
     def moved(self, n: int) -> None:
         """So many payload bytes were read."""
 
+    def made_way(self) -> None:
+        """Between two steps this member has let go of a slot: other calls of its may wait for that."""
+
     def take_scratch(self, nbytes: int) -> npt.NDArray[np.uint8]:
         """Memory for one slice."""
 
@@ -210,6 +213,7 @@ class Pull:
             self._lane.publish(self._n, VOID)
         else:
             self._lane.step_back(self._n)
+        self._host.made_way()
 
     def conclude(self) -> None:
         """The call is committed: bring the result to its place."""
@@ -217,6 +221,7 @@ class Pull:
             for _ in self._delivery if self.committed else self._deliver():
                 pass
             self._leave()
+            self._host.made_way()
 
     def lacks(self, flow: Flow) -> bool:
         """No: who has made the call has left what the others need in memory that outlives it."""

@@ -95,3 +95,29 @@ def test_what_a_member_shows_in_a_later_call_is_not_taken_for_that_of_one_it_nev
     other.publish(5 + RING, OUT)
     assert not pull.step()
     assert not result.any()
+
+
+def test_a_call_that_fails_wakes_the_one_that_waits_for_its_slot() -> None:
+    """Nobody rings: what this member waits for is its own."""
+    mine, other = lanes(2)
+    host = Mock()
+    executor = Executor(host)
+    work = errand("broadcast", 2, 0, 1, 4, 1)
+    first, second = [
+        Pull(executor, CallKey(mine.epoch, n, 0), 1, mine, (0, 1), work, None, np.zeros(4, np.uint8), Mock(), commits=False)
+        for n in (5, 5 + RING)
+    ]
+    executor.start(first)
+    executor.start(second)
+    other.enter(5, 1, 0)
+    other.publish(5, VOID)
+    while executor.step():
+        pass
+    host.reset_mock()
+    executor.halt(first)
+    host.step_soon.assert_called_once()
+    executor.step()
+    other.enter(5 + RING, 1, other.room_at(5 + RING))
+    while executor.step():
+        pass
+    host.transfer_done.assert_called_once_with(second)
