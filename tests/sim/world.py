@@ -51,6 +51,8 @@ class Hosts:
     """About every so many words that a peer reads or writes another one comes in between; 0: never"""
 
 
+BUSY = 0.02
+"""Chance that a peer is busy with something else for much longer than usual before it looks again"""
 DEPTH = 2
 """So many peers at most stand in the midst of what they do while another one acts."""
 
@@ -217,6 +219,8 @@ class World:
     def pause(self) -> float:
         """Seconds before somebody looks into shared memory again, or hears a bell."""
         delay = self._memory.random() * self.hosts.pace
+        if self._memory.random() < BUSY:
+            delay *= 100
         self.trace.update(f"{self.loop.now:.9f} {delay}".encode())
         return delay
 
