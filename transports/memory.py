@@ -278,9 +278,8 @@ class MemoryTransport(StreamTransport):
         return self._network.connect(self._node, endpoint)
 
     async def _meet(self, wire: Wire, *, dialled: bool) -> MemoryNeighbour | None:
-        assert isinstance(wire, MemoryWire)
         regions = self._network.regions
-        mine, other = regions.get(self._node), regions.get(wire.peer.node)
+        mine, other = regions.get(self._node), regions.get(wire.peer.node) if isinstance(wire, MemoryWire) else None
         return mine.meet(other) if mine and other else None
 
     async def _serve(self) -> tuple[str, ...]:

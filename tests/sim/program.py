@@ -42,8 +42,10 @@ MADE: contextvars.ContextVar[list[Operation]] = contextvars.ContextVar("made")
 
 SIZES = (1, 5, 50, 50, 9000, 9000, 150000)
 KINDS = ("plain", "retry", "out", "round", "tagged", "gather", "loose", "broadcast", "neighbours", "sub")
-NEAR_KINDS = (*KINDS, "plain", "out", "loose", "burst")
+NEAR_KINDS = (*KINDS, "plain", "out", "loose", "burst", "reduce", "reduce_scatter", "all_to_all")
 """Of members that share memory"""
+SHARED_OUT = 2520
+"""Elements that as many members as a run has can share out evenly"""
 BURST = 24
 """Calls: more than there are slots in a lane"""
 KEPT = 24
@@ -248,6 +250,8 @@ class Trainer:
     async def job(self, step: int, k: int, kind: str, size: int) -> tuple[int, float]:
         """One call, or one round; its result in a number."""
         comm, uid = self.comm, self.comm._uid()
+        if kind in ("reduce_scatter", "all_to_all"):
+            size = SHARED_OUT * (1 + size // SHARED_OUT)
         x = contribution(uid, step, k, size)
         before = x.copy()
         made: list[Operation] = []
@@ -272,6 +276,12 @@ class Trainer:
             root = comm.view.members[0].uid
             out = x
             coroutine = comm.broadcast(x, 0)
+        elif kind == "reduce":
+            coroutine = comm.reduce(x, 0, out=np.empty_like(x))
+        elif kind == "reduce_scatter":
+            coroutine = comm.reduce_scatter(x)
+        elif kind == "all_to_all":
+            coroutine = comm.all_to_all(x)
         else:
             out = np.empty_like(x) if kind == "out" else x
             tag = f"t{k}" if kind == "tagged" else None
@@ -296,6 +306,10 @@ class Trainer:
             expected = np.stack([contribution(m.uid, step, k, size) for m in info.members])
         elif kind == "broadcast":
             value, expected = out, contribution(root, step, k, size)
+        elif kind in ("reduce", "reduce_scatter", "all_to_all"):
+            self.apart(made[0], kind, info, [contribution(m.uid, step, k, size) for m in info.members])
+            self.spoil(x)
+            return k, 0.0
         else:
             value = out
             combine = np.sum if op == "sum" else np.max
@@ -306,6 +320,20 @@ class Trainer:
         total = float(value.sum() % 1000)
         self.spoil(x)
         return k, 0.0 if kind == "loose" else total
+
+    def apart(self, op: Operation, kind: str, info: Info, given: list[npt.NDArray[np.float32]]) -> None:
+        """Check a call of which each member has a result of its own."""
+        rank = [m.uid for m in info.members].index(self.comm._uid())
+        part = len(given[0]) // len(given)
+        mine = slice(rank * part, (rank + 1) * part)
+        if kind == "all_to_all":
+            expected = np.concatenate([x[mine] for x in given])
+        else:
+            expected = np.sum(given, axis=0, dtype=np.float32)[mine if kind == "reduce_scatter" else slice(None)]
+        if kind == "reduce" and rank:
+            expected = np.empty(0, np.float32)
+        value = np.empty(0, np.float32) if info.out is None else np.asarray(info.out)
+        self.committed(op, "", info, value, expected, same=False)
 
     def spoil(self, x: npt.NDArray[np.float32]) -> None:
         """The call has ended: from now on its caller may do with its memory what it likes."""
@@ -430,8 +458,8 @@ class Trainer:
             if not self.book.closed:
                 self.book.slowest = max(self.book.slowest, self.world.loop.time() - began)
 
-    def committed(self, op: Operation, part: str, info: Info, value: Any, expected: Any) -> None:
-        """A call has a result: it has to be that of its members."""
+    def committed(self, op: Operation, part: str, info: Info, value: Any, expected: Any, *, same: bool = True) -> None:
+        """A call has a result: it has to be that of its members, and perhaps the same for all."""
         if not np.array_equal(value, expected):
             uids = [m.uid for m in info.members]
             what = f"{self.name} {op.description} {op.record.id} with members {uids}"
@@ -442,7 +470,7 @@ class Trainer:
         if info.attempts > 1:
             self.book.counts["retried"] += 1
         if op.atomic:
-            outcome = Outcome(self.name, True, "", self.place(), info.members, np.asarray(value).tobytes())
+            outcome = Outcome(self.name, True, "", self.place(), info.members, np.asarray(value).tobytes() if same else b"")
             self.book.outcomes[self.key(op, part)].append(outcome)
 
     def failed(self, op: Operation, part: str, error: PcclError) -> None:
