@@ -10,7 +10,8 @@ What the phases promise, and what a member may conclude from them (design sectio
 - IN: the input is there to be read, and belongs to a call of this signature.
 - DONE: this member's share of the work is done and lies in shared memory, and it will not read inputs again. Of an atomic call all DONE is
   the commit: the first who sees them all has decided for all.
-- OUT: this member reads nothing more of the others' for this call. Its slot may be used again when everyone is OUT.
+- OUT: this member reads nothing more of the others' for this call. Its slot may be used again when everyone is OUT; until then it may still
+  become VOID, if the call has no commit.
 - VOID: the call failed here, and the input is withdrawn: what was read of it is worthless.
 - GONE: this member is in a later call. Who has been in this one, and is out, knows that it was, too. Whoever still is in it knows that it
   never was, since its slot would have waited: the call failed there.

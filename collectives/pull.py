@@ -182,6 +182,7 @@ class Pull:
         self._dtype = some.dtype
         self._item = some.dtype.itemsize
         self._entered = False
+        """The others may read what this member shows."""
         self._peeked = False
         """Something was read from a member's own memory."""
         self._folded: Array | None = None
@@ -221,6 +222,7 @@ class Pull:
             for _ in self._delivery if self.committed else self._deliver():
                 pass
             self._leave()
+            self._entered = False
             self._host.made_way()
 
     def lacks(self, flow: Flow) -> bool:
@@ -291,6 +293,7 @@ class Pull:
             pending = list(lane.others)
             while pending := [rank for rank in pending if lane.phase(rank, n) not in (OUT, GONE)]:
                 yield False
+        self._entered = False
 
     def _enter(self) -> None:
         """Show the input."""
@@ -320,7 +323,7 @@ class Pull:
         return phase != VOID
 
     def _leave(self) -> None:
-        self._entered = False
+        """Read nothing more."""
         self._folded = None
         self._lane.publish(self._n, OUT)
 

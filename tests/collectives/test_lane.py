@@ -7,10 +7,13 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
+from pccl.calls import Reduction
 from pccl.collectives.executor import Executor
 from pccl.collectives.flow import CallKey
 from pccl.collectives.lane import DONE, IN, OUT, RING, ROOM, VOID, Commons, Lane
 from pccl.collectives.pull import Pull, errand
+from pccl.collectives.reduction import Kernels
+from pccl.core.dtypes import ReduceOp
 from pccl.core.types import Epoch
 from pccl.transports.memory_region import MemoryHost, MemoryRegion
 from pccl.transports.region import supported
@@ -121,3 +124,27 @@ def test_a_call_that_fails_wakes_the_one_that_waits_for_its_slot() -> None:
     while executor.step():
         pass
     host.transfer_done.assert_called_once_with(second)
+
+
+def test_who_fails_while_others_read_its_memory_withdraws_that() -> None:
+    """In a call without commit it may have its result, and be out, while others still read its part."""
+    n = 100_000
+    xs = [np.full(n, k + 1.0) for k in range(2)]
+    both = lanes(2)
+    sums = Reduction(Kernels(), ReduceOp("sum"), 2, everywhere=False)
+    hosts = [Mock(spec=Executor, take_scratch=lambda nbytes: np.empty(nbytes, np.uint8)) for _ in both]
+    key = CallKey(both[0].epoch, 5, 0)
+    one, other = [
+        Pull(host, key, 1, lane, (0, 1), errand("all_reduce", 2, k, -1, n, 8), x, x, sums, commits=False)
+        for k, (host, lane, x) in enumerate(zip(hosts, both, xs, strict=True))
+    ]
+    while both[0].phase(1, 5) != DONE:
+        one.step()
+        other.step()
+    while both[1].phase(0, 5) != OUT:
+        one.step()
+    one.halt()
+    xs[0][:] = -1
+    for _ in range(100):
+        other.step()
+    hosts[1].done.assert_not_called()
