@@ -10,8 +10,11 @@ What the phases promise, and what a member may conclude from them (design sectio
 - IN: the input is there to be read, and belongs to a call of this signature.
 - DONE: this member's share of the work is done and lies in shared memory, and it will not read inputs again. Of an atomic call all DONE is
   the commit: the first who sees them all has decided for all.
-- OUT: this member reads nothing more of the others' for this call. Its slot may be used again when everyone is OUT.
+- OUT: this member reads nothing more of the others' for this call. Its slot may be used again when everyone is OUT; until then it may still
+  become VOID, if the call has no commit.
 - VOID: the call failed here, and the input is withdrawn: what was read of it is worthless.
+- GONE: this member is in a later call. Who has been in this one, and is out, knows that it was, too. Whoever still is in it knows that it
+  never was, since its slot would have waited: the call failed there.
 """
 
 from __future__ import annotations
@@ -25,10 +28,10 @@ import numpy.typing as npt
 from pccl.core.errors import InvalidArgument
 from pccl.core.types import LOCAL_CALLS as RING
 from pccl.core.types import Epoch
-from pccl.transports.region import ASLEEP, FIRST, OtherShared, OwnShared, full_fence
+from pccl.transports.region import ASLEEP, FIRST, OtherShared, OwnShared, Words, full_fence
 
-IN, DONE, OUT, VOID = 1, 2, 3, 7
-"""Phases, in their order"""
+IN, DONE, OUT, VOID, GONE = 1, 2, 3, 7, 8
+"""Phases, in their order; GONE is none that is written"""
 _WAITING = 1
 """Bit of a state that says that newcomers wait, as far as this member knows"""
 _PHASE = 1
@@ -45,7 +48,10 @@ _LINE = 64
 """Bytes of a slot's words: a cache line of its own"""
 _WORDS_BYTES = -(-_LINE * (RING + 1) // mmap.PAGESIZE) * mmap.PAGESIZE
 _LANE_BYTES = _WORDS_BYTES + RING * SMALL
-ROOM = FIRST + LANES * _LANE_BYTES
+_TABLE = FIRST
+"""Offset of two words for each lane that say whose it is: close together, since to look at a page makes it exist"""
+_LANES_AT = _TABLE + -(-16 * LANES // mmap.PAGESIZE) * mmap.PAGESIZE
+ROOM = _LANES_AT + LANES * _LANE_BYTES
 """Bytes of a region in front of what `Commons.take` gives out"""
 _SIGNATURE, _INPUT, _RESULT = 1, 2, 3
 """Words of a slot, besides its first"""
@@ -58,6 +64,11 @@ def state(n: int, phase: int) -> int:
     return (n + 1) << _CALL | phase << _PHASE
 
 
+def phase_in(word: int) -> int:
+    """The phase that a slot's first word says."""
+    return word >> _PHASE & 7
+
+
 class Commons:
     """One's own region, divided up: lanes, and memory for what has to be shared and is too large for a slot."""
 
@@ -65,7 +76,7 @@ class Commons:
         self.region = region
         self._turn = 0
         self._lanes: set[int] = set()
-        """Offsets of those that are open"""
+        """Numbers of those that are open"""
         self._taken: dict[int, int] = {}
         """offset -> bytes"""
         self._dirty = False
@@ -77,13 +88,13 @@ class Commons:
         Raises:
             InvalidArgument: too many are open.
         """
-        places = (FIRST + (self._turn + k) % LANES * _LANE_BYTES for k in range(LANES))
-        offset = next((place for place in places if place not in self._lanes), None)
-        if offset is None:
+        number = next((k for k in (*range(self._turn, LANES), *range(self._turn)) if k not in self._lanes), None)
+        if number is None:
             raise InvalidArgument(f"too many communicators share memory here ({LANES // 2} can): leave those that are not needed any more")
-        self._lanes.add(offset)
-        self._turn = ((offset - FIRST) // _LANE_BYTES + 1) % LANES
-        words, at = self.region.words, offset // 8
+        self._lanes.add(number)
+        self._turn = (number + 1) % LANES
+        words, at = self.region.words, _TABLE // 8 + 2 * number
+        offset: int = _LANES_AT + number * _LANE_BYTES
         words[at] = 0
         self.region.view(offset + _LINE, _LINE * RING)[:] = 0
         words[at + 1] = epoch.rid
@@ -91,8 +102,9 @@ class Commons:
         return offset
 
     def close_lane(self, offset: int) -> None:
-        """Nobody looks for it any more."""
-        self._lanes.discard(offset)
+        """Nobody looks for it, or reads there, any more."""
+        self._lanes.discard((offset - _LANES_AT) // _LANE_BYTES)
+        self.region.release(offset + _WORDS_BYTES, RING * SMALL)
 
     def take(self, nbytes: int) -> int:
         """The offset of free memory, in whole cache lines.
@@ -178,7 +190,7 @@ class Lane:
             line.remove(n)
 
     def is_free(self, n: int) -> bool:
-        """Whether the slot for call n may be used: everyone is out of the call that used it before."""
+        """Whether the slot for call n may be used: everyone is out of the call that used it before. Calls get it in their order."""
         slot = n % RING
         if self._lines[slot][0] != n or (self._last[slot] and not self._is_over(slot)):
             return False
@@ -229,7 +241,7 @@ class Lane:
             return self.room(n)
         return self.others[rank].view(self._room(self._found[rank], n), SMALL)
 
-    def words_of(self, rank: int) -> tuple[memoryview, int]:
+    def words_of(self, rank: int) -> tuple[Words, int]:
         """The words of another member, once it has been seen in this epoch, and the index of those of its first slot. A slot has 8: its
         state, the signature, and what concerns nobody here.
         """
@@ -284,14 +296,14 @@ class Lane:
     # --- the others' --------------------------------------------------------------------------------------------------
 
     def phase(self, rank: int, n: int) -> int:
-        """How far a member is in call n: 0 if it has not come there; OUT if it has gone on, VOID if it has done so without this member."""
+        """How far a member is in call n: 0 if it has not come there; OUT if it has gone on, GONE if it has done so without this member."""
         now = self._state(rank, n % RING)
         call = now >> _CALL
         if call == n + 1:
-            return now >> _PHASE & 7
+            return phase_in(now)
         if call < n + 1:
             return 0
-        return OUT if self._last[n % RING] >= state(n, OUT) else VOID
+        return OUT if self._last[n % RING] >= state(n, OUT) else GONE
 
     def anyone_waits(self, n: int) -> bool:
         """Whether any member said, when it was DONE, that newcomers wait; once all are. All members find the same."""
@@ -319,11 +331,11 @@ class Lane:
     def _is_over(self, slot: int, *, living: bool = False) -> bool:
         """Whether everyone is out of the call that one's own slot was used for last, this member included."""
         call = self._last[slot] >> _CALL
-        if self._last[slot] >> _PHASE & 7 < OUT:
+        if phase_in(self._last[slot]) < OUT:
             return False
         for rank, other in self.others.items():
             now = self._state(rank, slot)
-            behind = now >> _CALL < call or (now >> _CALL == call and now >> _PHASE & 7 < OUT)
+            behind = now >> _CALL < call or (now >> _CALL == call and phase_in(now) < OUT)
             if behind and not (living and not other.is_alive()):
                 return False
         return True
@@ -331,10 +343,11 @@ class Lane:
     def _find(self, rank: int) -> int:
         """The offset of a member's lane; 0 as long as it is not in this epoch."""
         words, name = self.others[rank].words, _name(self.epoch)
-        for offset in range(FIRST, FIRST + LANES * _LANE_BYTES, _LANE_BYTES):
-            if words[offset // 8] == name and words[offset // 8 + 1] == self.epoch.rid:
-                self._found[rank] = offset
-                return offset
+        for number in range(LANES):
+            at = _TABLE // 8 + 2 * number
+            if words[at] == name and words[at + 1] == self.epoch.rid:
+                self._found[rank] = _LANES_AT + number * _LANE_BYTES
+                return self._found[rank]
         return 0
 
     def _line(self, n: int) -> int:

@@ -16,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pccl.collectives.flow import CallKey, Flow, Moving
-from pccl.collectives.lane import DONE, HERE, OUT, SMALL, VOID, Lane
+from pccl.collectives.lane import DONE, GONE, HERE, OUT, SMALL, VOID, Lane
 from pccl.collectives.supply import Supply
 from pccl.collectives.transfer import Arithmetic
+from pccl.core.errors import InternalError
 from pccl.core.frames import Header
 
 Array = npt.NDArray[Any]
@@ -186,12 +187,12 @@ class Pull:
         self._item = some.dtype.itemsize
         self._supply = supply
         self._entered = False
+        """The others may read what this member shows."""
         self._peeked = False
         """Something was read from a member's own memory."""
         self._folded: Array | None = None
         """This rank's part of the result, if it is not in its place yet"""
         self._scratch: list[npt.NDArray[np.uint8]] = []
-        self._delivery: Iterator[bool] = iter(())
         self._stranger = -1
         """Uid of a member whose call is another one"""
         self._course = self._run()
@@ -225,13 +226,22 @@ class Pull:
         if self._entered:
             self._entered = False
             self._lane.publish(self._n, VOID)
+        self._lane.step_out(self._n)
+        self._host.step_soon()  # calls of this member may wait for the slot
 
     def conclude(self) -> None:
-        """The call is committed: bring the result to its place."""
+        """The call is committed: bring the result to its place.
+
+        Raises:
+            InternalError: it cannot be read.
+        """
         if self._entered:
-            for _ in self._delivery if self.committed else self._deliver():
-                pass
+            if not all(self._deliver()):
+                raise InternalError("a part of the result cannot be read in shared memory")
             self._leave()
+            self._entered = False
+            self._lane.step_out(self._n)
+            self._host.step_soon()  # calls of this member may wait for the slot
 
     def lacks(self, flow: Flow) -> bool:
         """No: who has made the call has left what the others need in memory that outlives it."""
@@ -257,7 +267,6 @@ class Pull:
         self._give_scratch()
         self._course.close()
         self._lane.step_out(self._n)
-        self._delivery = iter(())
         self._source = self._target = self._folded = None
 
     # --- progress -----------------------------------------------------------------------------------------------------
@@ -272,6 +281,9 @@ class Pull:
             self.halted = True
             self._host.done(self)
             return True
+        except Exception:
+            self.halted = True  # it has not ended: it was given up
+            raise
         if self._stranger >= 0:
             uid, self._stranger = self._stranger, -1
             self._host.mismatch(self, uid)
@@ -295,8 +307,7 @@ class Pull:
             while pending := [rank for rank in pending if lane.phase(rank, n) not in (DONE, OUT)]:
                 yield False
             self.committed, self.waiting = True, lane.anyone_waits(n)
-            self._delivery = self._deliver()
-            yield from self._delivery
+            yield from self._deliver()
         elif errand.parted:
             lane.publish(n, DONE)
             yield from self._gather()
@@ -304,11 +315,10 @@ class Pull:
             self._target[:] = self._folded
         self._leave()
         if not self.commits and not errand.small and lane.readable:  # others read this member's own memory
-            self._entered = True  # until they are out, there is something to withdraw
             pending = list(lane.others)
             while pending := [rank for rank in pending if lane.phase(rank, n) != OUT]:
                 yield False
-            self._entered = False
+        self._entered = False
 
     def _enter(self) -> None:
         """Show the input."""
@@ -330,13 +340,15 @@ class Pull:
     def _has_met(self, rank: int) -> bool:
         """Whether a member is in the call, and not in another one."""
         phase = self._lane.phase(rank, self._n)
-        if phase and self._lane.signature(rank, self._n) != self.signature:
+        if phase in (0, GONE):
+            return False
+        if self._lane.signature(rank, self._n) != self.signature:
             self._stranger = self._uids[rank]
             return False
-        return phase not in (0, VOID)
+        return phase != VOID
 
     def _leave(self) -> None:
-        self._entered = False
+        """Read nothing more."""
         self._folded = None
         self._lane.publish(self._n, OUT)
 

@@ -52,6 +52,7 @@ from pccl.transports.region import OtherShared, OwnShared
 
 if TYPE_CHECKING:
     from pccl.runtime import ThreadRuntime
+    from pccl.sync import Work
 
 logger = logging.getLogger("pccl")
 
@@ -131,8 +132,8 @@ class Engine:
         self._neighbours: dict[OtherShared, None] = {}
         self._stepping = False
         self.poller = Poller(client, self._links, self._is_alone, lambda e: self._complain("a handler failed", e), self.executor, region)
-        if region and region.fileno() >= 0:
-            self._loop.add_reader(region.fileno(), self._rung)
+        if region:
+            region.notify(self._rung)
 
     # --- life -------------------------------------------------------------------------------------------------------
 
@@ -202,8 +203,7 @@ class Engine:
         self._leave_neighbours()
         region, self._region = self._region, None
         if region:
-            if region.fileno() >= 0:
-                self._loop.remove_reader(region.fileno())
+            region.notify(None)
             region.close()
 
     @property
@@ -278,6 +278,8 @@ class Engine:
         """
         membership = self._peer.comms.get(comm) if self._peer and self.error is None else None
         call = Express.of(self, membership, part, how, seen, make) if membership else None
+        if call is None and index >= 0:
+            raise InternalError(f"{part.description} has a place, and cannot be gone on with")
         if call is None:
             op = make()
             self.submit(op)
@@ -310,7 +312,7 @@ class Engine:
         part: Part,
         how: Manner,
         go_on: Callable[[Any, Part | None, int], Info],
-        give_up: Callable[[Any, Part | None, int], None],
+        give_up: Callable[[Any, Part | None, int], Work],
     ) -> Repeat | None:
         """What there is to know of a small call that is made again and again; None if it does not go through shared memory."""
         membership, lane = self._peer.comms.get(comm) if self._peer else None, self.lanes.get(comm)
@@ -469,7 +471,7 @@ class Engine:
     def _trim(self) -> None:
         """Give shared memory back that no call has needed for a while."""
         if self._commons and self._commons.unused_for(self._loop.time()) >= SPARE_KEPT:
-            for lane in (*self.lanes.values(), *self._past_lanes.values()):
+            for lane in (*self.lanes.values(), *self._past_lanes.values(), *self._left_lanes):
                 lane.reap()
             self._commons.trim()
 
@@ -550,6 +552,7 @@ class Engine:
         if link.near and self._peer:
             self._peer.near.add(link.uid)
             self._neighbours[link.near] = None
+            link.near.kept = True
         self.poller.forget()
 
     async def _admit(self, admission: int, dialer: int, acceptor: int) -> LinkTicket | None:
@@ -603,8 +606,8 @@ class Engine:
         assert self._peer
         past, last = self._past_lanes.pop(comm, None), self.lanes.pop(comm, None)
         self._close_lanes()
-        if past:
-            past.close()
+        if past:  # perhaps somebody still has to fetch what was committed there
+            self._left_lanes.append(past)
         if last:
             self._past_lanes[comm] = last
         membership = self._peer.comms[comm]

@@ -6,6 +6,7 @@ member that is late) is left to `Express`, which goes on with the call as it is.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from pccl.protocol.member import Membership
     from pccl.route import Route
     from pccl.runtime import ThreadRuntime
+    from pccl.sync import Work
+    from pccl.transports.region import Words
 
 Array = npt.NDArray[Any]
 
@@ -55,7 +58,7 @@ class Repeat:
         *,
         crowded: bool,
         go_on: Callable[[Any, Part | None, int], Info],
-        give_up: Callable[[Any, Part | None, int], None],
+        give_up: Callable[[Any, Part | None, int], Work],
     ) -> None:
         errand, dtype = route.errand, part.dtype.numpy
         assert errand
@@ -137,20 +140,29 @@ class Repeat:
             begun = -1
             runtime.give_back()
         except BaseException:  # a signal's handler, between any two instructions
-            if runtime.has_turn:
-                with SignalsHeld():
-                    if begun >= 0:
-                        self._give_up(given, part, begun)
-                    runtime.give_back()
+            self._rescue(given, part, begun)
             raise
         return Info(self._call, self._epoch, self._members, "local", self._moved, self._moved, time.perf_counter() - began, 1, given)
 
-    def _all(self, members: list[tuple[memoryview, int]], slot: int, phase: int, n: int) -> bool:
+    def _rescue(self, given: Any, part: Part | None, begun: int) -> None:
+        """Give the engine back, and end for all what was begun, however many signals come meanwhile."""
+        works: list[Work] = []
+        while self._runtime.has_turn:
+            with contextlib.suppress(BaseException), SignalsHeld():
+                try:
+                    if begun >= 0:
+                        index, begun = begun, -1
+                        works.append(self._give_up(given, part, index))
+                finally:
+                    self._runtime.give_back()
+        for work in works:
+            work.outlast()
+
+    def _all(self, members: list[tuple[Words, int]], slot: int, phase: int, n: int) -> bool:
         """Whether these have come to a phase of the same call; waits a little."""
-        least, void = state(n, phase), state(n, VOID)
+        least, void, spins = state(n, phase), state(n, VOID), self._spins
         for words, at in members:
             i = at + 8 * slot
-            spins = self._spins
             while words[i] < least:
                 spins -= 1
                 if spins < 0:

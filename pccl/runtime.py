@@ -126,6 +126,7 @@ class ThreadRuntime:
 
     def post(self, callback: Callable[..., None], *args: Any) -> None:
         """Hand something to the engine."""
+        self._check_turn()
         if self._forked:
             raise forked_error()
         if self._closed:
@@ -173,6 +174,7 @@ class ThreadRuntime:
 
     def _borrow(self) -> bool:
         """Have the engine to oneself; False if another caller has it, or nobody is to."""
+        self._check_turn()
         self._borrowed += 1
         while self._due or self._borrower or not self._turn.acquire(blocking=False):
             if self._due or self._borrower or self._closed:
@@ -196,11 +198,18 @@ class ThreadRuntime:
 
     def take_turn(self) -> bool:
         """Have the engine to oneself if nobody else has it or wants it; to be given back by `give_back`."""
-        if self._due or self._borrower or self._inbox or not self._turn.acquire(False):
+        if self._forked or self._closed or self._due or self._borrower or self._inbox or not self._turn.acquire(False):
             return False
         self._borrowed += 1
         self._borrower = threading.get_ident()
         return True
+
+    def _check_turn(self) -> None:
+        if self.has_turn and self._borrower:
+            raise InvalidArgument(
+                "the communicator is in the midst of a call of this very thread: a signal handler must not use it; "
+                "have it set a flag, or raise, and act when the call has returned"
+            )
 
     @property
     def has_turn(self) -> bool:
@@ -218,7 +227,10 @@ class ThreadRuntime:
     def go_on(self, index: int, comm: int, part: Part, how: Manner, seen: Epoch, make: Callable[[], Collective]) -> Info | None:
         """`express`, for a call that this caller has made in the place of this index. It gives the engine back."""
         with SignalsHeld():
-            return self._use(self.engine.express, comm, part, how, seen, make, PATIENCE, STRETCH, index)
+            try:
+                return self.engine.express(comm, part, how, seen, make, PATIENCE, STRETCH, index)
+            finally:
+                self.give_back()
 
     def _take(self) -> None:
         """Do what was posted."""
@@ -243,6 +255,7 @@ class ThreadRuntime:
 
     def run(self, make: Callable[[], Coroutine[Any, Any, T]]) -> concurrent.futures.Future[T]:
         """Run a coroutine on the engine's loop."""
+        self._check_turn()
         if self._forked:
             raise forked_error()
         future = asyncio.run_coroutine_threadsafe(make(), self._loop)

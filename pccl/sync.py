@@ -97,6 +97,10 @@ class Work:
         runtime = self._owner._runtime
         with contextlib.suppress(PcclError):  # closed: that ends it, too
             runtime.post(runtime.engine.cancel, self._op)
+        self.outlast()
+
+    def outlast(self) -> None:
+        """Wait a moment for a call that is cancelled to let go of its buffers."""
         if not self._ended and self._over.acquire(timeout=LAST_WORD):
             self._over.release()
 
@@ -136,7 +140,7 @@ class Communicator(Handle[Any]):
     ) -> Any:
         """See `pccl.face.Collectives.all_reduce`."""
         special = out is not None or accumulate is not None or quantize is not None or not ATOMIC.issuperset(how)
-        if special or type(x) is not np.ndarray:
+        if special or type(x) is not np.ndarray or type(op) is not str:
             return self._do(self._all_reduce(x, op, how, out=out, accumulate=accumulate, quantize=quantize), how)
         kind = (x.dtype, x.shape, op, how.get("atomic", True))
         repeat, flags = self._kinds.get(kind), x.flags
@@ -168,10 +172,17 @@ class Communicator(Handle[Any]):
         def go_on(given: Any, part: Part | None, index: int) -> Any:
             return self._express(made(given, part), how, index)
 
-        def give_up(given: Any, part: Part | None, index: int) -> None:
-            engine.abandon(self._comm, self._operation(made(given, part), how), index)
+        def give_up(given: Any, part: Part | None, index: int) -> Work:
+            op = self._operation(made(given, part), how)
+            work = Work(self, op)
+            engine.abandon(self._comm, op, index)
+            return work
 
-        self._repeats[kind] = engine.repeat(self._runtime, self._comm, part, Manner(*kind[1:]), go_on, give_up)
+        if self._runtime.take_turn():  # else the next time
+            try:
+                self._repeats[kind] = engine.repeat(self._runtime, self._comm, part, Manner(*kind[1:]), go_on, give_up)
+            finally:
+                self._runtime.give_back()
 
     def _forget_repeats(self) -> None:
         self._repeats.clear()
@@ -248,6 +259,8 @@ class Communicator(Handle[Any]):
         return Communicator(self._runtime, made[0], made[1], self._timeout) if made else None
 
     def _do(self, part: Part, how: How) -> Any:
+        if suits(part, how) and "timeout" in how:
+            return self._express(part, how)
         if suits(part, how):
             kind = (part.signature, bool(how.get("atomic", True)), bool(how.get("retry", False)))
             repeat = self._repeats.get(kind)

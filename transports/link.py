@@ -257,7 +257,9 @@ class WireLink(Link):
 
     def _forget_handler(self) -> LinkHandler | None:
         handler, self._handler = self._handler, None
-        self.near = None
+        near, self.near = self.near, None
+        if near and not near.kept:
+            near.close()
         for track in self._tracks:
             track.forget()
         return handler

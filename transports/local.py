@@ -19,7 +19,7 @@ import xxhash
 
 from pccl.transports import fork
 from pccl.transports.base import Refusal
-from pccl.transports.region import Neighbour, Region
+from pccl.transports.region import Neighbour, Region, permit_reading
 from pccl.transports.tcp import TcpTransport, TcpWire
 from pccl.transports.wire import Wire, read_exactly, until, write_all
 
@@ -49,12 +49,19 @@ class UnixWire(TcpWire):
         sock = self.connection
         pid, uid, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
         offer = region if uid == os.geteuid() else None
+        if offer:
+            permit_reading()
         if dialled:
             await self._present(sock, offer)
         said, fds = await self._hear(sock)
         there, nonce, address = _CARD.unpack(said)
-        if not dialled:
-            await self._present(sock, offer)
+        try:
+            if not dialled:
+                await self._present(sock, offer)
+        except BaseException:
+            for fd in fds:
+                os.close(fd)
+            raise
         if offer is None or not there or len(fds) != 2:
             for fd in fds:
                 os.close(fd)

@@ -11,6 +11,7 @@ import contextvars
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from pccl.transports.memory_region import MemoryNeighbour, MemoryRegion
 from pccl.transports.streams import StreamTransport
 from pccl.transports.wire import Wire
 
@@ -37,6 +38,8 @@ class MemoryNetwork:
         self.stripes = 0
         self._listeners: dict[str, MemoryTransport] = {}
         self._wires: dict[str, list[MemoryWire]] = {}
+        self.regions: dict[str, MemoryRegion] = {}
+        """Of the nodes that live and share memory with others of their host"""
         self._context = contextvars.Context()
 
     def later(self, delay: float, callback: Callable[..., None], *args: object) -> None:
@@ -50,6 +53,8 @@ class MemoryNetwork:
     def kill(self, node: str) -> None:
         """The node's process has died: its system resets all connections."""
         self._listeners.pop(node, None)
+        if node in self.regions:
+            self.regions.pop(node).alive = False
         for wire in self._wires.pop(node, []):
             wire.peer.reset_soon()
 
@@ -263,16 +268,27 @@ class MemoryWire(Wire):
 
 
 class MemoryTransport(StreamTransport):
-    """Dials and accepts links as one node of a network."""
+    """Dials and accepts links as one node of a network.
 
-    def __init__(self, network: MemoryNetwork, node: str) -> None:
+    Args:
+        region: what nodes of its host see of it.
+    """
+
+    def __init__(self, network: MemoryNetwork, node: str, *, region: MemoryRegion | None = None) -> None:
         super().__init__()
         self._network = network
         self._node = node
         self._context = contextvars.copy_context()
+        if region:
+            network.regions[node] = region
 
     async def _connect(self, endpoint: str) -> Wire:
         return self._network.connect(self._node, endpoint)
+
+    async def _meet(self, wire: Wire, *, dialled: bool) -> MemoryNeighbour | None:
+        regions = self._network.regions
+        mine, other = regions.get(self._node), regions.get(wire.peer.node) if isinstance(wire, MemoryWire) else None
+        return mine.meet(other) if mine and other else None
 
     async def _serve(self) -> tuple[str, ...]:
         self._context = contextvars.copy_context()

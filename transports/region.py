@@ -8,6 +8,7 @@ where the kernel permits it, its whole memory (process_vm_readv(2)).
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import errno
@@ -19,7 +20,8 @@ import select
 import sys
 import threading
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +36,8 @@ FIRST = 4096
 """Offset of what is free for use"""
 
 _SEALS = getattr(fcntl, "F_SEAL_SHRINK", 2) | getattr(fcntl, "F_SEAL_GROW", 4) | getattr(fcntl, "F_SEAL_SEAL", 1)
+_orphans: list[mmap.mmap] = []
+"""Of a forked child: maps that it does not have; to unmap them would unmap what has come there since"""
 _PR_SET_PTRACER = 0x59616D61
 _PR_SET_PTRACER_ANY = ctypes.c_ulong(-1)
 _YAMA = "/proc/sys/kernel/yama/ptrace_scope"
@@ -44,12 +48,19 @@ def supported() -> bool:
     return sys.platform == "linux" and platform.machine() in ("x86_64", "AMD64") and hasattr(os, "memfd_create")
 
 
+class Words(Protocol):
+    """64-bit words in a row."""
+
+    def __getitem__(self, at: int, /) -> int: ...
+    def __setitem__(self, at: int, value: int, /) -> None: ...
+
+
 class Shared(ABC):
     """A process's region, one's own or a neighbour's."""
 
     memory: Bytes
     """All of it"""
-    words: memoryview
+    words: Words
     """It as 64-bit words. A store is seen by others after all stores before it."""
 
     def view(self, offset: int, nbytes: int) -> Bytes:
@@ -68,7 +79,11 @@ class OwnShared(Shared):
 
     @abstractmethod
     def fileno(self) -> int:
-        """What becomes readable when a neighbour rings; -1 if `receive` is called by other means."""
+        """What becomes readable when a neighbour rings; -1 if there is nothing."""
+
+    @abstractmethod
+    def notify(self, callback: Callable[[], None] | None) -> None:
+        """Call this from the loop whenever a neighbour rings (again and again until `receive`); None to stop."""
 
     @abstractmethod
     def receive(self) -> None:
@@ -86,6 +101,8 @@ class OwnShared(Shared):
 class OtherShared(Shared):
     """A neighbour's."""
 
+    kept = False
+    """Somebody will close it, whatever becomes of the link that brought it."""
     readable: bool
     """Whether its own memory can be read, and its process can read this one's"""
 
@@ -110,13 +127,9 @@ class OtherShared(Shared):
         """Let go of it."""
 
 
-_fence = threading.Lock()
-
-
 def full_fence() -> None:
-    """No load after it is done before a store in front of it: locks are taken by a locked instruction."""
-    _fence.acquire()
-    _fence.release()
+    """No load after it is done before a store in front of it: locks are taken by a locked instruction. A new one cannot stay locked."""
+    threading.Lock().acquire()
 
 
 class Region(OwnShared):
@@ -145,14 +158,25 @@ class Region(OwnShared):
         fork.guard(self.fd)
         fork.guard(self.bell)
         self.memory = np.frombuffer(self._map, np.uint8)
-        self.words = memoryview(self._map).cast("Q")
+        self.words: memoryview[int] = memoryview(self._map).cast("Q")
         self.nonce = ctypes.create_string_buffer(os.urandom(16), 16)
         """What a neighbour reads to see whether it can"""
-        permit_reading()
+        fork.on_fork(self._in_child)
+
+    def _in_child(self) -> None:
+        _orphans.append(self._map)
 
     def fileno(self) -> int:
         """What becomes readable when a neighbour rings."""
         return self.bell
+
+    def notify(self, callback: Callable[[], None] | None) -> None:
+        """By the loop that runs."""
+        loop = asyncio.get_running_loop()
+        if callback:
+            loop.add_reader(self.bell, callback)
+        else:
+            loop.remove_reader(self.bell)
 
     def receive(self) -> None:
         """Hear the bell."""
@@ -166,7 +190,7 @@ class Region(OwnShared):
             self._map.madvise(mmap.MADV_REMOVE, low, high - low)
 
     def offered(self) -> int:
-        """A descriptor of it for a neighbour, who cannot write through it. To be closed."""
+        """A descriptor of it for a neighbour, which is for reading. To be closed."""
         return os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
 
     def close(self) -> None:
@@ -208,14 +232,18 @@ class Neighbour(OtherShared):
         finally:
             os.close(fd)
         fork.guard(bell)
+        fork.on_fork(self._in_child)
         self._poll = select.poll()
         if self._pidfd >= 0:
             fork.guard(self._pidfd)
             self._poll.register(self._pidfd, select.POLLIN)
         self.memory = np.frombuffer(self._map, np.uint8)
-        self.words = memoryview(self._map).cast("Q")
+        self.words: memoryview[int] = memoryview(self._map).cast("Q")
         self._here, self._there = _Piece(), _Piece()
         self._arguments = (pid, ctypes.byref(self._here), 1, ctypes.byref(self._there), 1, 0)
+
+    def _in_child(self) -> None:
+        _orphans.append(self._map)
 
     def read(self, address: int, into: npt.NDArray[Any]) -> None:
         """Copy from its memory."""

@@ -116,7 +116,7 @@ class StreamTransport(Transport):
         try:
             async with asyncio.timeout(PROOF_TIMEOUT):
                 proved, near = await self._proved(wire, self._demand(wire))
-        except (Refusal, TimeoutError) as e:
+        except (Refusal, OSError) as e:
             logger.info("a connection from %s was closed: %s", host, e if str(e) else f"it proved nothing within {PROOF_TIMEOUT:g} s")
             return
         if proved.magic == STRIPE_MAGIC:

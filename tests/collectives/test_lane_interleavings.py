@@ -151,6 +151,8 @@ class Own(OwnShared):
     def fileno(self) -> int:
         return -1
 
+    def notify(self, callback: Any) -> None: ...
+
     def receive(self) -> None: ...
 
     def release(self, offset: int, nbytes: int) -> None: ...
@@ -640,7 +642,8 @@ def explore(monkeypatch: pytest.MonkeyPatch) -> Explore:
         monkeypatch.setattr(lanes, "RING", s.slots)
         monkeypatch.setattr(lanes, "SMALL", line)
         monkeypatch.setattr(lanes, "LANES", 1)
-        monkeypatch.setattr(lanes, "FIRST", line)
+        monkeypatch.setattr(lanes, "_TABLE", WORD)  # behind the word for the bell
+        monkeypatch.setattr(lanes, "_LANES_AT", line)
         monkeypatch.setattr(lanes, "_WORDS_BYTES", line * (s.slots + 1))
         monkeypatch.setattr(lanes, "_LANE_BYTES", line * (2 * s.slots + 1))
         monkeypatch.setattr(lanes, "ROOM", line * (2 * s.slots + 2))

@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import random
-from collections import defaultdict
+from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from pccl.collectives.pull import LOCAL
 from pccl.communicator import Communicator
 from pccl.core.errors import (
     CollectiveAborted,
@@ -31,7 +32,6 @@ from pccl.core.errors import (
 )
 from pccl.core.types import Epoch, Info, Member
 from pccl.operations import Operation
-from pccl.protocol.record import State
 
 Key = tuple[Epoch, str]
 """(the epoch that founded the group, the call's id)"""
@@ -42,7 +42,14 @@ MADE: contextvars.ContextVar[list[Operation]] = contextvars.ContextVar("made")
 
 SIZES = (1, 5, 50, 50, 9000, 9000, 150000)
 KINDS = ("plain", "retry", "out", "round", "tagged", "gather", "loose", "broadcast", "neighbours", "sub")
-
+NEAR_KINDS = (*KINDS, "plain", "out", "loose", "burst", "reduce", "reduce_scatter", "all_to_all")
+"""Of members that share memory"""
+SHARED_OUT = 2520
+"""Elements that as many members as a run has can share out evenly"""
+BURST = 24
+"""Calls: more than there are slots in a lane"""
+KEPT = 24
+"""So many buffers of its last calls a member keeps: nobody may read them any more, and whoever does gets what is in them now"""
 
 CANCELS = 40
 """So many calls of a run are cancelled at most: each costs all members a step."""
@@ -121,6 +128,8 @@ class Plan:
     """Where in the text the update stands"""
     wait_for: int = 0
     """Update until there are so many members, before the loop begins"""
+    near: bool = False
+    """Members share memory"""
     may_evict: bool = True
     """Whether a fault of the run may cost a living member its membership"""
 
@@ -139,6 +148,8 @@ class Trainer:
         self.seed = seed
         self.leaves = False
         """Set to have it stop before its next iteration, and leave"""
+        self.at_once = False
+        """All calls of the present step are made at once"""
 
     async def __call__(self, world: Any, name: str, comm: Communicator) -> None:
         self.world, self.name, self.comm = world, name, comm
@@ -155,6 +166,7 @@ class Trainer:
 
         comm._operation = note  # type: ignore[method-assign]
         self.own = random.Random(f"{self.seed} {name}")
+        self.old: deque[npt.NDArray[np.float32]] = deque(maxlen=KEPT)
         self.step = 0
         self.weights = np.zeros(50, np.float32)
         self.synced = False
@@ -204,10 +216,12 @@ class Trainer:
         step = self.step
         # the text of a step: the same on all members, since they have the same step
         text = random.Random(f"{self.seed} step {step}")
-        jobs = [(k, text.choice(KINDS), text.choice(SIZES)) for k in range(self.plan.calls)]
+        kinds = NEAR_KINDS if self.plan.near else KINDS
+        jobs = [(k, text.choice(kinds), text.choice(SIZES)) for k in range(self.plan.calls)]
         if self.own.random() < self.plan.late:
             await asyncio.sleep(self.own.random() * 0.5)
-        if text.random() < 0.5:
+        self.at_once = text.random() < 0.5
+        if self.at_once:
             results = await asyncio.gather(
                 *(self.job(step, k, kind, size) for k, kind, size in self.shuffled(jobs)), return_exceptions=True
             )
@@ -236,6 +250,8 @@ class Trainer:
     async def job(self, step: int, k: int, kind: str, size: int) -> tuple[int, float]:
         """One call, or one round; its result in a number."""
         comm, uid = self.comm, self.comm._uid()
+        if kind in ("reduce_scatter", "all_to_all"):
+            size = SHARED_OUT * (1 + size // SHARED_OUT)
         x = contribution(uid, step, k, size)
         before = x.copy()
         made: list[Operation] = []
@@ -250,6 +266,8 @@ class Trainer:
             return await self.neighbours(step, k, size)
         if kind == "sub":
             return await self.sub(step, k, size)
+        if kind == "burst":
+            return await self.burst(step, k)
         op = "sum"
         root = 0
         if kind == "gather":
@@ -258,6 +276,12 @@ class Trainer:
             root = comm.view.members[0].uid
             out = x
             coroutine = comm.broadcast(x, 0)
+        elif kind == "reduce":
+            coroutine = comm.reduce(x, 0, out=np.empty_like(x))
+        elif kind == "reduce_scatter":
+            coroutine = comm.reduce_scatter(x)
+        elif kind == "all_to_all":
+            coroutine = comm.all_to_all(x)
         else:
             out = np.empty_like(x) if kind == "out" else x
             tag = f"t{k}" if kind == "tagged" else None
@@ -270,17 +294,23 @@ class Trainer:
             info: Info = await self.timed(coroutine, cancel=True)
         except PcclError as e:
             if kind == "loose" and isinstance(e, CollectiveError):
+                self.spoil(x)
                 return k, 0.0  # others may have the result: what a program does next must not depend on it
             self.failed(made[0], "", e)
             input_only = kind not in ("loose", "broadcast") or (kind == "broadcast" and uid == root)
             if input_only and not np.array_equal(x, before):
                 raise Violation(f"P1: {self.name} step {step} {kind}: inputs were not restored after {e!r}") from e
+            self.spoil(x)
             raise
         if kind == "gather":
             value = np.asarray(info.out)
             expected = np.stack([contribution(m.uid, step, k, size) for m in info.members])
         elif kind == "broadcast":
             value, expected = out, contribution(root, step, k, size)
+        elif kind in ("reduce", "reduce_scatter", "all_to_all"):
+            self.apart(made[0], kind, info, [contribution(m.uid, step, k, size) for m in info.members])
+            self.spoil(x)
+            return k, 0.0
         else:
             value = out
             combine = np.sum if op == "sum" else np.max
@@ -288,7 +318,56 @@ class Trainer:
         if not retry and info.members != members and info.members != comm.view.members:
             raise Violation(f"P5: {self.name}: {made[0].description} ran with other members than its caller knew, and said nothing")
         self.committed(made[0], "", info, value, expected)
-        return k, 0.0 if kind == "loose" else float(value.sum() % 1000)
+        total = float(value.sum() % 1000)
+        self.spoil(x)
+        return k, 0.0 if kind == "loose" else total
+
+    def apart(self, op: Operation, kind: str, info: Info, given: list[npt.NDArray[np.float32]]) -> None:
+        """Check a call of which each member has a result of its own."""
+        rank = [m.uid for m in info.members].index(self.comm._uid())
+        part = len(given[0]) // len(given)
+        mine = slice(rank * part, (rank + 1) * part)
+        if kind == "all_to_all":
+            expected = np.concatenate([x[mine] for x in given])
+        else:
+            expected = np.sum(given, axis=0, dtype=np.float32)[mine if kind == "reduce_scatter" else slice(None)]
+        if kind == "reduce" and rank:
+            expected = np.empty(0, np.float32)
+        value = np.empty(0, np.float32) if info.out is None else np.asarray(info.out)
+        self.committed(op, "", info, value, expected, same=False)
+
+    def spoil(self, x: npt.NDArray[np.float32]) -> None:
+        """The call has ended: from now on its caller may do with its memory what it likes."""
+        x[:] = -1
+        self.old.append(x)
+
+    async def burst(self, step: int, k: int) -> tuple[int, float]:
+        """Many small calls without commit, of which the root needs nothing: it runs ahead. What comes next must not depend on them."""
+        comm = self.comm
+        at_once = self.at_once or (self.seed + step) % 2 == 0
+        xs = [contribution(comm._uid(), step, 100 * k + i, 5) for i in range(BURST)]
+        calls: list[asyncio.Task[Info]] = []
+
+        async def one(x: npt.NDArray[np.float32]) -> Info:
+            MADE.set([])
+            found: Info = await self.timed(comm.broadcast(x, 0, atomic=False), cancel=True)
+            return found
+
+        for x in xs:
+            calls.append(asyncio.create_task(one(x)))
+            if not at_once:
+                await asyncio.wait([calls[-1]])
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        for i, (x, result) in enumerate(zip(xs, results, strict=True)):
+            if isinstance(result, Info):
+                root = result.members[0].uid
+                if not np.array_equal(x, contribution(root, step, 100 * k + i, 5)):
+                    raise Violation(f"wrong result: {self.name}, step {step}, broadcast {i} from {root} of a burst: {x}")
+                self.book.counts["of a burst"] += 1
+            elif not isinstance(result, CollectiveAborted):
+                raise result
+            self.spoil(x)
+        return k, 0.0
 
     async def neighbours(self, step: int, k: int, size: int) -> tuple[int, float]:
         """Everyone sends to the next one and receives from the one before. Commits per pair, so what comes next must not depend on it."""
@@ -369,7 +448,7 @@ class Trainer:
                     return await task
                 except asyncio.CancelledError:
                     op = MADE.get()[-1]
-                    if op.record.state is State.COMMITTED:  # it came too late: the result is in the buffer
+                    if op.noted.info:  # type: ignore[attr-defined]  # it came too late: the result is in the buffer
                         return op.noted.info  # type: ignore[attr-defined]
                     raise CollectiveAborted("cancelled by the test") from None
             return await task
@@ -380,21 +459,25 @@ class Trainer:
             if not self.book.closed:
                 self.book.slowest = max(self.book.slowest, self.world.loop.time() - began)
 
-    def committed(self, op: Operation, part: str, info: Info, value: Any, expected: Any) -> None:
-        """A call has a result: it has to be that of its members."""
+    def committed(self, op: Operation, part: str, info: Info, value: Any, expected: Any, *, same: bool = True) -> None:
+        """A call has a result: it has to be that of its members, and perhaps the same for all."""
         if not np.array_equal(value, expected):
             uids = [m.uid for m in info.members]
             what = f"{self.name} {op.description} {op.record.id} with members {uids}"
             raise Violation(f"wrong result: {what}: {np.asarray(value).ravel()[:4]} not {expected.ravel()[:4]}")
         self.book.counts["committed"] += 1
+        if info.algorithm == LOCAL:
+            self.book.counts["committed locally" if op.atomic else "locally without commit"] += 1
         if info.attempts > 1:
             self.book.counts["retried"] += 1
         if op.atomic:
-            outcome = Outcome(self.name, True, "", self.place(), info.members, np.asarray(value).tobytes())
+            outcome = Outcome(self.name, True, "", self.place(), info.members, np.asarray(value).tobytes() if same else b"")
             self.book.outcomes[self.key(op, part)].append(outcome)
 
     def failed(self, op: Operation, part: str, error: PcclError) -> None:
         """A call has failed; where the member itself is out, that says nothing about the others."""
+        if op.local and self.comm._runtime.engine.lanes.get(0):
+            self.book.counts["aborted locally"] += 1
         if not isinstance(error, (Evicted, StateConflict)) and op.record.id.n >= 0:
             self.book.outcomes[self.key(op, part)].append(Outcome(self.name, False, repr(error), self.place()))
 

@@ -15,9 +15,10 @@ from unittest import mock
 from pccl.collectives import flow, planner
 from pccl.core.errors import ConnectError, PcclError
 from pccl.transports import framing, link
+from pccl.transports.region import supported
 from tests.sim.loop import VirtualLoop, bury
 from tests.sim.program import Book, Plan, Trainer, Violation
-from tests.sim.world import MASTER, Weather, World
+from tests.sim.world import MASTER, Hosts, Weather, World
 
 LIMIT = 400.0
 """Virtual seconds in which a run has to end; faults end after a fraction of that."""
@@ -54,14 +55,31 @@ def scenario(seed: int) -> tuple[Plan, Weather, list[str], int]:
     return plan, weather, chosen, peers
 
 
+def hosts(seed: int) -> Hosts:
+    """Where a seed's peers run: those of about every second seed share memory."""
+    r = random.Random(f"hosts {seed}")
+    count = r.choice((0, 0, 0, 0, 1, 1, 1, 1, 1, 2)) if supported() else 0
+    return Hosts(
+        count,
+        shut=r.choice((0.0, 0.0, 0.3, 1.0)),
+        apart=r.choice((0.0, 0.0, 0.0, 0.2)),
+        pace=r.choice((0.00001, 0.0001, 0.002, 0.02)),
+        crowd=r.choice((0, 1, 5, 30)),
+        pairs=seed % 2 == 1,
+    )
+
+
 class Run:
     """A run under way."""
 
     def __init__(self, loop: VirtualLoop, seed: int) -> None:
         self.seed = seed
         self.plan, weather, self.kinds, self.peers = scenario(seed)
-        hosts = {f"P{k}": f"host {k // 2}" for k in range(100)} if seed % 2 else {}
-        self.world = World(loop, seed, weather=weather, hosts=hosts)
+        where = hosts(seed)
+        self.plan.near = where.count > 0
+        if self.plan.near:
+            self.kinds += ["forbid"] * (seed % 3 == 0)
+        self.world = World(loop, seed, weather=weather, hosts=where)
         self.stripes = random.Random(f"stripes {seed}")
         self.world.links.stripes = self.stripes.choice((1, 3)) if seed % 4 == 3 else 0
         self.random = random.Random(f"faults {seed}")
@@ -175,6 +193,10 @@ class Run:
         if kind in ("kill", "crash"):
             if len(alive) < 2:
                 return ""
+            if kind == "crash" and len({world.places.get(n, n) for n in alive}) < 2:
+                kind = "kill"  # a host that goes takes everyone along
+            if kind == "kill" and one in world.places and r.random() < 0.5:
+                return await self.kill_in_a_step(one)
             (world.kill if kind == "kill" else world.crash)(one)
         elif kind in ("freeze", "hold"):
             seconds = r.choice((0.05, 1.0, 2.5, 5.0, 10.0))
@@ -195,7 +217,20 @@ class Run:
             return f"reset {one} {two}{'' if whole else ', one wire'}"
         elif kind == "leave":
             self.trainers[one].leaves = True
+        elif kind == "forbid":
+            world.forbid(one)
         return f"{kind} {one}"
+
+    async def kill_in_a_step(self, name: str) -> str:
+        """Kill a peer while it reads and writes shared memory."""
+        words = self.random.randrange(1, self.random.choice((10, 100, 1000)))
+        self.world.doom(name, words)
+        for _ in range(20):
+            await asyncio.sleep(0.05)
+            if self.world.nodes[name].dead:
+                return f"kill {name} after {words} words"
+        self.world.kill(name)
+        return f"kill {name}"
 
 
 @contextmanager

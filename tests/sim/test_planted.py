@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
+from pccl.calls import Collective
 from pccl.collectives import transfer
 from pccl.collectives.executor import Executor
 from pccl.collectives.flow import CallKey
+from pccl.collectives.lane import DONE, GONE, IN, OUT, RING, Lane, phase_in
+from pccl.collectives.pull import Pull
 from pccl.core.messages import Reason
 from pccl.core.types import CallId
 from pccl.engine import Engine
@@ -21,7 +24,7 @@ from pccl.protocol.ledger import Ledger, Phase
 from pccl.protocol.member import Membership
 from pccl.protocol.record import State
 from tests.sim.program import Violation
-from tests.sim.run import run
+from tests.sim.run import hosts, run
 
 SEEDS = 1000
 
@@ -29,9 +32,18 @@ Plant = Callable[[pytest.MonkeyPatch], None]
 PLANTS: dict[str, Plant] = {}
 
 
+NEAR: set[str] = set()
+"""Those that show only where members share memory"""
+
+
 def plant(f: Plant) -> Plant:
     PLANTS[f.__name__] = f
     return f
+
+
+def near(f: Plant) -> Plant:
+    NEAR.add(f.__name__)
+    return plant(f)
 
 
 @plant
@@ -190,6 +202,140 @@ def a_reason_is_not_looked_at(m: pytest.MonkeyPatch) -> None:
     m.setattr(Ledger, "drop", drop)
 
 
+# --- of members that share memory -------------------------------------------------------------------------------------
+
+
+def state_of(lane: Lane, n: int) -> int:
+    """One's own phase in a call."""
+    return phase_in(lane._last[n % RING]) if lane._last[n % RING] >> 4 == n + 1 else 0
+
+
+@near
+def done_is_said_before_the_work(m: pytest.MonkeyPatch) -> None:
+    original = Pull._work
+
+    def work(self: Pull) -> Iterator[bool]:
+        if self.commits:
+            self._lane.publish(self._n, DONE)
+        yield from original(self)
+
+    m.setattr(Pull, "_work", work)
+
+
+@near
+def the_first_done_that_is_seen_commits(m: pytest.MonkeyPatch) -> None:
+    original = Lane.phase
+
+    def phase(self: Lane, rank: int, n: int) -> int:
+        found = original(self, rank, n)
+        if found == IN and state_of(self, n) == DONE and any(original(self, r, n) == DONE for r in self.others):
+            return DONE
+        return found
+
+    m.setattr(Lane, "phase", phase)
+
+
+@near
+def a_fenced_member_forgets_its_commits(m: pytest.MonkeyPatch) -> None:
+    original = Membership.committed
+
+    def committed(self: Membership, call: CallId, waiting: bool) -> None:
+        original(self, call, waiting)
+        self._local.clear()
+
+    m.setattr(Membership, "committed", committed)
+
+
+@near
+def a_fenced_member_reports_what_it_saw_as_its_own_result(m: pytest.MonkeyPatch) -> None:
+    m.setattr(Collective, "decided", False)
+
+
+@near
+def after_done_a_member_ends_a_call_alone(m: pytest.MonkeyPatch) -> None:
+    m.setattr(Collective, "exposed", False)
+
+
+@near
+def an_input_is_not_withdrawn(m: pytest.MonkeyPatch) -> None:
+    def withdraw(self: Pull) -> None:
+        self._entered = False
+        self._lane.step_out(self._n)
+
+    m.setattr(Pull, "withdraw", withdraw)
+
+
+@near
+def a_slot_is_used_while_others_are_in_it(m: pytest.MonkeyPatch) -> None:
+    m.setattr(Lane, "is_free", lambda self, n: not 0 < phase_in(self._last[n % RING]) < OUT)
+
+
+@near
+def a_slot_is_used_while_its_own_member_is_in_it(m: pytest.MonkeyPatch) -> None:
+    original = Lane._is_over
+
+    def is_over(self: Lane, slot: int) -> bool:
+        last = self._last[slot]
+        self._last[slot] |= OUT << 1
+        try:
+            return original(self, slot)
+        finally:
+            self._last[slot] = last
+
+    m.setattr(Lane, "_is_over", is_over)
+
+
+@near
+def who_is_in_a_later_call_has_been_in_this_one(m: pytest.MonkeyPatch) -> None:
+    original = Lane.phase
+
+    def phase(self: Lane, rank: int, n: int) -> int:
+        found = original(self, rank, n)
+        return OUT if found == GONE else found
+
+    m.setattr(Lane, "phase", phase)
+
+
+@near
+def who_is_out_does_not_wait_for_readers(m: pytest.MonkeyPatch) -> None:
+    original = Lane.phase
+    m.setattr(Lane, "phase", lambda self, rank, n: OUT if state_of(self, n) == OUT else original(self, rank, n))
+
+
+@near
+def signatures_in_shared_memory_are_not_compared(m: pytest.MonkeyPatch) -> None:
+    m.setattr(Pull, "_has_met", lambda self, rank: self._lane.phase(rank, self._n) in (IN, DONE, OUT))
+
+
+@near
+def memory_of_the_last_epoch_is_used_at_once(m: pytest.MonkeyPatch) -> None:
+    original = Engine._open_lane
+
+    def open_lane(self: Engine, comm: int) -> None:
+        if comm in self.lanes:
+            self.lanes[comm].close()
+        original(self, comm)
+
+    m.setattr(Engine, "_open_lane", open_lane)
+
+
+@near
+def a_new_epoch_of_the_same_members_goes_on_in_the_old_lane(m: pytest.MonkeyPatch) -> None:
+    original = Engine._open_lane
+
+    def open_lane(self: Engine, comm: int) -> None:
+        lane = self.lanes.get(comm)
+        if lane is None or len(lane.others) + 1 != self.membership(comm).view.world_size:
+            original(self, comm)
+
+    m.setattr(Engine, "_open_lane", open_lane)
+
+
+@near
+def each_member_goes_by_its_own_word_on_newcomers(m: pytest.MonkeyPatch) -> None:
+    m.setattr(Lane, "anyone_waits", lambda self, n: self.waiting)
+
+
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
     logging.disable(logging.CRITICAL)
@@ -202,6 +348,8 @@ def find(name: str, first: int = 0) -> int:
     with pytest.MonkeyPatch.context() as m:
         PLANTS[name](m)
         for seed in range(first, first + SEEDS):
+            if name in NEAR and not hosts(seed).count:
+                continue
             try:
                 run(seed)
             except Violation:
