@@ -249,6 +249,8 @@ class Leave:
     index: int
     uses: tuple[TagUse, ...]
     """Of the tags, and with the members, that it has made calls with"""
+    commits: tuple[int, ...] = ()
+    """Indices of calls that it has committed in shared memory: others may not be so far"""
 
 
 @message(10)

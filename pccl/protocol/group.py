@@ -323,9 +323,8 @@ class Group:
         self._forget_empty()
 
     def _leave_sub(self, ledger: Ledger, uid: int, m: Leave) -> None:
-        if ledger.phase is Phase.RUN:
-            ledger.leave(uid, m)
-        else:  # it will not report any more
+        ledger.leave(uid, m)
+        if ledger.phase is not Phase.RUN:  # it will not report any more
             ledger.drop(uid, left=True, detail="a member left")
 
     def _lose(self, uid: int, detail: str, *, left: bool = False) -> None:

@@ -220,6 +220,9 @@ class Ledger:
         if uid not in self.members or uid in self.leaving:
             return
         self.leaving[uid] = Progress.of(m.index, m.uses)
+        for n in m.commits if m.epoch == self.epoch else ():  # until the epoch that its leaving begins
+            call = self.calls.setdefault(CallId(None, n), Call(CallId(None, n), 0.0))
+            call.verdict = call.verdict or "C"
         others = [u for u in self.members if u not in self.leaving]
         self.host.send(others, Leaving(self.host.rid, self.comm, self.epoch, uid, m.index, m.uses))
         if self.phase is Phase.RUN:

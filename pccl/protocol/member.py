@@ -217,7 +217,8 @@ class Membership:
     def leave(self) -> None:
         """Leave in the place of the next update; no call is open."""
         self._left = True
-        self.host.send(Leave(self.comm, self.epoch, self.next_index, self._tag_uses()))
+        commits = tuple(call.n for call, number, _ in self._local if number == self.epoch.number)
+        self.host.send(Leave(self.comm, self.epoch, self.next_index, self._tag_uses(), commits))
 
     # --- what the master says ---------------------------------------------------------------------------------------
 

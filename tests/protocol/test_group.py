@@ -398,6 +398,26 @@ def test_a_collective_after_a_leave_that_makes_the_group_too_small() -> None:
     assert again.outcome.reason == Reason.TOO_FEW
 
 
+def test_what_a_leaver_has_committed_in_shared_memory_is_committed_for_those_who_stay() -> None:
+    """B is done with the call, and has not looked whether the others are when C is lost."""
+    c = Cluster("ABC")
+    for n in c.nodes:
+        n.peer.root.near = True
+    a, b, _ = [n.call(Call(local=True)) for n in c.nodes]
+    b.exposed = True
+    c["A"].complete(a)
+    for n in c.nodes:
+        n.moving.clear()
+    c["A"].leave()
+    c.run()
+    assert committed(a, b) == [True, None]
+    c["C"].die()
+    c.notice(c["C"])
+    c.run()
+    assert committed(a, b) == [True, True]
+    assert names(c["B"]) == "B"
+
+
 def test_a_leave_of_another_term_is_nobodys() -> None:
     c = Cluster("AB")
     c.group.receive(c["A"].conn, Leave(ROOT, Epoch(7, 7, 7), 0, ()), c.now)

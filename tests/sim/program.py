@@ -380,7 +380,9 @@ class Trainer:
         x, y = contribution(comm._uid(), step, k, size), np.zeros(size, np.float32)
         made: list[Operation] = []
         MADE.set(made)
-        both = self.timed(comm.send(x, after)), self.timed(comm.recv(y, before))
+        # who hears of a loss by a commit goes on at once with other neighbours than those have who commit first, and hear of it here
+        timeout = 5.0 if self.plan.near else 40.0
+        both = self.timed(comm.send(x, after, timeout=timeout)), self.timed(comm.recv(y, before, timeout=timeout))
         results = await asyncio.gather(*both, return_exceptions=True)
         for op, result in zip(made, results, strict=True):
             if isinstance(result, Info):
