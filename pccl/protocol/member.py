@@ -326,7 +326,7 @@ class Membership:
         if record is None:
             if not self._passed(d.call):
                 self._stored[d.call] = Stored(d.verdict, outcome, d.waiting, seq)
-        elif d.verdict == "R" and record.state in OPEN and record.op.retry and record.op.can_retry(self.view):
+        elif d.verdict == "R" and record.state in OPEN and self._tries_again(record.op, outcome):
             again.append(record)
         else:
             if record.state in OPEN and d.admitted:
@@ -334,6 +334,11 @@ class Membership:
             if outcome.committed and record.state in (State.HELD, State.RUNNING) and not (record.op.is_update or record.op.exposed):
                 outcome = Outcome(False, self.view, Reason.MISMATCH, "other members skipped an update in this place")
             self._learn(record, outcome, d.waiting, seq, now)
+
+    def _tries_again(self, op: Op, stopped: Outcome) -> bool:
+        """Whether a call that an epoch change has stopped goes on after it. The same on all members."""
+        gone = stopped.view.lost or stopped.view.left or stopped.reason in (Reason.LOSS, Reason.LINK, Reason.STALL, Reason.TAKEOVER)
+        return (op.retry or (op.atomic and not gone)) and op.can_retry(self.view)  # else it was stopped for another call's sake
 
     # --- inside: the order of calls ---------------------------------------------------------------------------------
 
@@ -350,7 +355,7 @@ class Membership:
         self._records[record.id] = record
         self._open[record.id] = record
         stored = self._stored.pop(record.id, None)
-        retried = stored and stored.verdict == "R" and op.retry and op.can_retry(self.view)
+        retried = stored and stored.verdict == "R" and self._tries_again(op, stored.outcome)
         if stored and stored.verdict != "N" and not retried:
             self._learn(record, stored.outcome, stored.waiting, stored.seq, now)
         elif record.expired:
