@@ -7,6 +7,7 @@ import inspect
 import os
 import random
 import signal
+import threading
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -175,10 +176,10 @@ async def strike_at_word(comm: Any, after: int, late: bool, number: int = signal
     def struck(self: Lane, n: int, phase: int) -> None:
         left[0] -= 1
         if not left[0] and not late:
-            os.kill(os.getpid(), number)
+            signal.pthread_kill(threading.get_ident(), number)
         publish(self, n, phase)
         if not left[0] and late:
-            os.kill(os.getpid(), number)
+            signal.pthread_kill(threading.get_ident(), number)  # one for the process might be taken by another thread, later
 
     Lane.publish = struck  # type: ignore[method-assign]
 
