@@ -266,22 +266,6 @@ def an_input_is_not_withdrawn(m: pytest.MonkeyPatch) -> None:
 
 
 @near
-def what_was_read_is_not_confirmed(m: pytest.MonkeyPatch) -> None:
-    m.setattr(Pull, "_confirm", lambda self: iter(()))
-
-
-@near
-def leavers_say_nothing_of_their_commits(m: pytest.MonkeyPatch) -> None:
-    original = Membership.leave
-
-    def leave(self: Membership) -> None:
-        self._local.clear()
-        original(self)
-
-    m.setattr(Membership, "leave", leave)
-
-
-@near
 def a_slot_is_used_while_others_are_in_it(m: pytest.MonkeyPatch) -> None:
     m.setattr(Lane, "is_free", lambda self, n: not 0 < phase_in(self._last[n % RING]) < OUT)
 
