@@ -274,7 +274,8 @@ class Lane:
         return self._asides[slot][:nbytes]
 
     def close(self) -> None:
-        """No member will read anything of this epoch any more."""
+        """No member will read anything of this epoch any more. Who is none now, and reads on, finds that it `stands` no longer."""
+        self._own[self._at] = 0
         for slot in range(RING):
             self._give(slot)
         self.commons.close_lane(self._offset)
@@ -304,6 +305,11 @@ class Lane:
         if call < n + 1:
             return 0
         return OUT if self._last[n % RING] >= state(n, OUT) else GONE
+
+    def stands(self) -> bool:
+        """Whether all that was read up to now was of this epoch: no other member has closed its lane."""
+        name = _name(self.epoch)
+        return all(self.others[rank].words[offset // 8] == name for rank, offset in self._found.items())
 
     def anyone_waits(self, n: int) -> bool:
         """Whether any member said, when it was DONE, that newcomers wait; once all are. All members find the same."""

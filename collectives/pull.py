@@ -313,6 +313,8 @@ class Pull:
             yield from self._gather()
         elif self._folded is not None and self._target is not None:
             self._target[:] = self._folded
+        while not lane.stands():  # the others have gone on without this member: what it has read may be of later calls
+            yield False
         self._leave()
         if not self.commits and not errand.small and lane.readable:  # others read this member's own memory
             pending = list(lane.others)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from unittest.mock import Mock
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from pccl.calls import Reduction
@@ -133,18 +134,22 @@ def test_a_call_that_fails_wakes_the_one_that_waits_for_its_slot() -> None:
     host.transfer_done.assert_called_once_with(second)
 
 
-def test_who_fails_while_others_read_its_memory_withdraws_that() -> None:
-    """In a call without commit it may have its result, and be out, while others still read its part."""
-    n = 100_000
-    xs = [np.full(n, k + 1.0) for k in range(2)]
-    both = lanes(2)
+def two_pulls(both: list[Lane], xs: list[npt.NDArray[np.float64]], *, commits: bool) -> tuple[list[Pull], list[Mock]]:
+    """A large sum of two members."""
+    n = len(xs[0])
     sums = Reduction(Kernels(), ReduceOp("sum"), 2, everywhere=False)
     hosts = [Mock(spec=Executor, take_scratch=lambda nbytes: np.empty(nbytes, np.uint8)) for _ in both]
     key = CallKey(both[0].epoch, 5, 0)
-    one, other = [
-        Pull(host, key, 1, lane, (0, 1), errand("all_reduce", 2, k, -1, n, 8), x, x, sums, commits=False)
+    return [
+        Pull(host, key, 1, lane, (0, 1), errand("all_reduce", 2, k, -1, n, 8), x, x, sums, commits=commits)
         for k, (host, lane, x) in enumerate(zip(hosts, both, xs, strict=True))
-    ]
+    ], hosts
+
+
+def test_who_fails_while_others_read_its_memory_withdraws_that() -> None:
+    """In a call without commit it may have its result, and be out, while others still read its part."""
+    both, xs = lanes(2), [np.full(100_000, k + 1.0) for k in range(2)]
+    (one, other), hosts = two_pulls(both, xs, commits=False)
     while both[0].phase(1, 5) != DONE:
         one.step()
         other.step()
@@ -155,3 +160,21 @@ def test_who_fails_while_others_read_its_memory_withdraws_that() -> None:
     for _ in range(100):
         other.step()
     hosts[1].done.assert_not_called()
+
+
+@pytest.mark.parametrize("commits", [False, True])
+@pytest.mark.parametrize("closed", [False, True])
+def test_who_was_left_behind_takes_nothing_of_what_came_later(closed: bool, commits: bool) -> None:
+    """It stood still while it fetched the result, and the others have gone on to the epoch after next."""
+    both, xs = lanes(2), [np.full(100_000, k + 1.0) for k in range(2)]
+    (one, other), hosts = two_pulls(both, xs, commits=commits)
+    while both[0].phase(1, 5) != DONE:
+        one.step()
+        other.step()
+    while both[1].phase(0, 5) != OUT:
+        one.step()
+    if closed:
+        both[0].close()
+    for _ in range(100):
+        other.step()
+    assert hosts[1].done.called is not closed
