@@ -298,6 +298,8 @@ class Trainer:
                 return k, 0.0  # others may have the result: what a program does next must not depend on it
             self.failed(made[0], "", e)
             input_only = kind not in ("loose", "broadcast") or (kind == "broadcast" and uid == root)
+            if self.plan.near and isinstance(e, Evicted):  # while it brought a result to its place the others may have gone on without it
+                input_only = False
             if input_only and not np.array_equal(x, before):
                 raise Violation(f"P1: {self.name} step {step} {kind}: inputs were not restored after {e!r}") from e
             self.spoil(x)
