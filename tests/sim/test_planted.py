@@ -13,7 +13,7 @@ from pccl.calls import Collective
 from pccl.collectives import transfer
 from pccl.collectives.executor import Executor
 from pccl.collectives.flow import CallKey
-from pccl.collectives.lane import DONE, GONE, IN, OUT, RING, Lane, phase_in
+from pccl.collectives.lane import DONE, IN, OUT, RING, Lane, phase_in
 from pccl.collectives.pull import Pull
 from pccl.core.messages import Reason
 from pccl.core.types import CallId
@@ -283,17 +283,6 @@ def a_slot_is_used_while_its_own_member_is_in_it(m: pytest.MonkeyPatch) -> None:
             self._last[slot] = last
 
     m.setattr(Lane, "_is_over", is_over)
-
-
-@near
-def who_is_in_a_later_call_has_been_in_this_one(m: pytest.MonkeyPatch) -> None:
-    original = Lane.phase
-
-    def phase(self: Lane, rank: int, n: int) -> int:
-        found = original(self, rank, n)
-        return OUT if found == GONE else found
-
-    m.setattr(Lane, "phase", phase)
 
 
 @near
