@@ -297,18 +297,6 @@ def signatures_in_shared_memory_are_not_compared(m: pytest.MonkeyPatch) -> None:
 
 
 @near
-def memory_of_the_last_epoch_is_used_at_once(m: pytest.MonkeyPatch) -> None:
-    original = Engine._open_lane
-
-    def open_lane(self: Engine, comm: int) -> None:
-        if comm in self.lanes:
-            self.lanes[comm].close()
-        original(self, comm)
-
-    m.setattr(Engine, "_open_lane", open_lane)
-
-
-@near
 def a_new_epoch_of_the_same_members_goes_on_in_the_old_lane(m: pytest.MonkeyPatch) -> None:
     original = Engine._open_lane
 
@@ -318,11 +306,6 @@ def a_new_epoch_of_the_same_members_goes_on_in_the_old_lane(m: pytest.MonkeyPatc
             original(self, comm)
 
     m.setattr(Engine, "_open_lane", open_lane)
-
-
-@near
-def each_member_goes_by_its_own_word_on_newcomers(m: pytest.MonkeyPatch) -> None:
-    m.setattr(Lane, "anyone_waits", lambda self, n: self.waiting)
 
 
 @pytest.fixture(autouse=True)
