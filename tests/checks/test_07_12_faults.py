@@ -12,7 +12,7 @@ import pccl
 from pccl.communicator import Communicator
 from pccl.protocol.record import State
 from tests.checks.support import on_node, simulate, simulated_members
-from tests.sim.world import Weather, World
+from tests.sim.world import Hosts, Weather, World
 
 pytestmark = [pytest.mark.sim, pytest.mark.parametrize("in_place", [True, False], ids=["in place", "out of place"])]
 
@@ -140,7 +140,7 @@ def test_check_07_with_other_schedules(in_place: bool, algorithm: str, quantize:
             assert call.intact() if pccl.CollectiveAborted in kinds else call.right("ABCDE")
         return kinds.pop().__name__
 
-    hosts = {"A": "left", "B": "right", "C": "left", "D": "right"}
+    hosts = Hosts(names={"A": "left", "B": "right", "C": "left", "D": "right"})
     seen = [simulate(main, seed=seed, weather=Weather(0.01, 0.05), hosts=hosts) for seed in range(6)]
     assert "CollectiveAborted" in seen, seen
     assert set(seen) <= {"CollectiveAborted", "Info", "too late"}

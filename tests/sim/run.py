@@ -65,7 +65,7 @@ def hosts(seed: int) -> Hosts:
         apart=r.choice((0.0, 0.0, 0.0, 0.2)),
         pace=r.choice((0.00001, 0.0001, 0.002, 0.02)),
         crowd=r.choice((0, 1, 5, 30)),
-        pairs=seed % 2 == 1,
+        names={f"P{k}": f"pair {k // 2}" for k in range(100)} if seed % 2 else {},
     )
 
 

@@ -7,8 +7,8 @@ import contextlib
 import contextvars
 import hashlib
 import random
-from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from pccl.collectives.lane import ROOM
 from pccl.communicator import Communicator, open_communicator
@@ -47,8 +47,8 @@ class Hosts:
     """Chance that a peer shares no memory"""
     pace: float = 0.0
     """Seconds that a look into shared memory is late at most"""
-    pairs: bool = False
-    """Of those that are on hosts of their own, two each are said to be on one all the same"""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Of those that are on hosts of their own: what theirs is said to be; some are said to be on one"""
     crowd: float = 0
     """About every so many words that a peer reads or writes another one comes in between; 0: never"""
 
@@ -278,7 +278,7 @@ class World:
     def _host(self, name: str) -> str:
         if name in self.places:
             return f"host {self.places[name]}"
-        return f"pair {int(name[1:]) // 2}" if self.hosts.pairs and name[1:].isdigit() else name
+        return self.hosts.names.get(name, name)
 
     # --- faults -----------------------------------------------------------------------------------------------------
 

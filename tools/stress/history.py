@@ -10,8 +10,8 @@ from pccl.tools.child import Message
 from pccl.tools.stress.page import Phase
 from pccl.tools.stress.plan import Event
 
-PER_MEMBER = {"descriptors": 4, "sockets": 1}
-"""What a process holds for each other one of its host: a link, a mapped region, its bell, and a descriptor of the process"""
+PER_MEMBER = {"descriptors": 5, "sockets": 2}
+"""What a process holds for each other one of its host: a link of two connections, a region, its bell, and the process"""
 
 
 class Violation(NamedTuple):
