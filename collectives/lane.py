@@ -103,7 +103,9 @@ class Commons:
 
     def close_lane(self, offset: int) -> None:
         """Nobody looks for it, or reads there, any more."""
-        self._lanes.discard((offset - _LANES_AT) // _LANE_BYTES)
+        number = (offset - _LANES_AT) // _LANE_BYTES
+        self.region.words[_TABLE // 8 + 2 * number] = 0
+        self._lanes.discard(number)
         self.region.release(offset + _WORDS_BYTES, RING * SMALL)
 
     def take(self, nbytes: int) -> int:
@@ -275,10 +277,9 @@ class Lane:
 
     def close(self) -> None:
         """No member will read anything of this epoch any more. Who is none now, and reads on, finds that it `stands` no longer."""
-        self._own[self._at] = 0
+        self.commons.close_lane(self._offset)
         for slot in range(RING):
             self._give(slot)
-        self.commons.close_lane(self._offset)
 
     @property
     def manner(self) -> str:
@@ -309,7 +310,10 @@ class Lane:
     def stands(self) -> bool:
         """Whether all that was read up to now was of this epoch: no other member has closed its lane."""
         name = _name(self.epoch)
-        return all(self.others[rank].words[offset // 8] == name for rank, offset in self._found.items())
+        for rank, offset in self._found.items():
+            if self.others[rank].words[_TABLE // 8 + 2 * ((offset - _LANES_AT) // _LANE_BYTES)] != name:
+                return False
+        return True
 
     def anyone_waits(self, n: int) -> bool:
         """Whether any member said, when it was DONE, that newcomers wait; once all are. All members find the same."""

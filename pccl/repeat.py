@@ -129,6 +129,8 @@ class Repeat:
                     self._fold(self._folds[slot], self._parts[slot], True)
             for where, what in self._copies[slot]:
                 target[where] = what  # type: ignore[index]
+            if not lane.stands():
+                return self._go_on(given, part, n)
             if self._commits:
                 lane.publish(n, DONE)
                 if not self._all(self._all_words, slot, DONE, n):
