@@ -24,7 +24,7 @@ from pccl.core.frames import Header
 
 Array = npt.NDArray[Any]
 
-SLICE = 256 << 10
+SLICE = 512 << 10
 """Bytes that are read and folded at a time, of each member: with those of a few members they stay in a processor's own cache."""
 LEAST_SLICE = 32 << 10
 ALIGN = 64

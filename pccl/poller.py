@@ -13,7 +13,7 @@ from pccl.transports.region import OwnShared
 
 SPIN = 50e-6
 """Seconds of asking again and again before it sleeps, where every member of this host has a core to itself."""
-SHARED_SPIN = 50e-6
+SHARED_SPIN = 300e-6
 """Seconds of looking into shared memory again and again; each time others get their turn, so it does not need a core to itself."""
 LOOK = 50e-6
 """Seconds between two looks at everything else, while there is something to do in shared memory."""

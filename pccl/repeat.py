@@ -32,7 +32,7 @@ Array = npt.NDArray[Any]
 
 SPINS = 20
 """Looks at a member's word in a row, where every member of this host has a core to itself"""
-YIELDS = 100
+YIELDS = 1000
 """Looks after that, each of which lets another process have its turn: the scheduler may have put the member on this core"""
 
 
