@@ -247,11 +247,6 @@ def a_fenced_member_forgets_its_commits(m: pytest.MonkeyPatch) -> None:
 
 
 @near
-def a_fenced_member_reports_what_it_saw_as_its_own_result(m: pytest.MonkeyPatch) -> None:
-    m.setattr(Collective, "decided", False)
-
-
-@near
 def after_done_a_member_ends_a_call_alone(m: pytest.MonkeyPatch) -> None:
     m.setattr(Collective, "exposed", False)
 
