@@ -93,7 +93,7 @@ class Commons:
             raise InvalidArgument(f"too many communicators share memory here ({LANES // 2} can): leave those that are not needed any more")
         self._lanes.add(number)
         self._turn = (number + 1) % LANES
-        words, at = self.region.words, _TABLE // 8 + 2 * number
+        words, at = self.region.words, _entry(number)
         offset: int = _LANES_AT + number * _LANE_BYTES
         words[at] = 0
         self.region.view(offset + _LINE, _LINE * RING)[:] = 0
@@ -104,7 +104,7 @@ class Commons:
     def close_lane(self, offset: int) -> None:
         """Nobody looks for it, or reads there, any more."""
         number = (offset - _LANES_AT) // _LANE_BYTES
-        self.region.words[_TABLE // 8 + 2 * number] = 0
+        self.region.words[_entry(number)] = 0
         self._lanes.discard(number)
         self.region.release(offset + _WORDS_BYTES, RING * SMALL)
 
@@ -145,6 +145,11 @@ class Commons:
             self.region.release(ROOM, len(self.region.memory) - ROOM)
 
 
+def _entry(number: int) -> int:
+    """Index of the words that say whose a lane is."""
+    return _TABLE // 8 + 2 * number
+
+
 def _name(epoch: Epoch) -> int:
     return epoch.term << 32 | epoch.number
 
@@ -171,6 +176,9 @@ class Lane:
         self._at = self._offset // 8
         self._found: dict[int, int] = {}
         """rank -> offset of its lane"""
+        self._entries: list[tuple[Words, int]] = []
+        """Of those that were found: the words that say whose it is"""
+        self._name = _name(epoch)
         self._last = [0] * RING
         """The last state of each of one's own slots"""
         self._kept: list[list[int]] = [[] for _ in range(RING)]
@@ -192,17 +200,12 @@ class Lane:
             line.remove(n)
 
     def is_free(self, n: int) -> bool:
-        """Whether the slot for call n may be used: everyone is out of the call that used it before. Calls get it in their order."""
+        """Whether the slot for call n may be used: everyone is out of the call that used it before. Calls get it in their order; one that
+        has not lined up, if nobody has.
+        """
         slot = n % RING
-        if self._lines[slot][0] != n or (self._last[slot] and not self._is_over(slot)):
-            return False
-        self._give(slot)
-        return True
-
-    def is_open(self, n: int) -> bool:
-        """Whether a call that has not lined up may use the slot: no other one waits for it, and it is free."""
-        slot = n % RING
-        if self._lines[slot] or (self._last[slot] and not self._is_over(slot)):
+        line = self._lines[slot]
+        if (line and line[0] != n) or (self._last[slot] and not self._is_over(slot)):
             return False
         self._give(slot)
         return True
@@ -309,11 +312,7 @@ class Lane:
 
     def stands(self) -> bool:
         """Whether all that was read up to now was of this epoch: no other member has closed its lane."""
-        name = _name(self.epoch)
-        for rank, offset in self._found.items():
-            if self.others[rank].words[_TABLE // 8 + 2 * ((offset - _LANES_AT) // _LANE_BYTES)] != name:
-                return False
-        return True
+        return all(words[at] == self._name for words, at in self._entries)
 
     def anyone_waits(self, n: int) -> bool:
         """Whether any member said, when it was DONE, that newcomers wait; once all are. All members find the same."""
@@ -352,11 +351,12 @@ class Lane:
 
     def _find(self, rank: int) -> int:
         """The offset of a member's lane; 0 as long as it is not in this epoch."""
-        words, name = self.others[rank].words, _name(self.epoch)
+        words, name = self.others[rank].words, self._name
         for number in range(LANES):
-            at = _TABLE // 8 + 2 * number
+            at = _entry(number)
             if words[at] == name and words[at + 1] == self.epoch.rid:
                 self._found[rank] = _LANES_AT + number * _LANE_BYTES
+                self._entries.append((words, at))
                 return self._found[rank]
         return 0
 

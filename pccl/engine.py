@@ -45,7 +45,7 @@ from pccl.protocol.member import Membership
 from pccl.protocol.peer import ROOT, Peer, Standpoint
 from pccl.protocol.record import Outcome, Record
 from pccl.repeat import Repeat
-from pccl.route import Ask, Routes
+from pccl.route import Ask, Route, Routes
 from pccl.staging import Pool
 from pccl.transports.base import ControlClient, Link, LinkHandler, LinkTicket, Refusal, Source, Transport
 from pccl.transports.region import OtherShared, OwnShared
@@ -213,9 +213,11 @@ class Engine:
 
     def returned(self) -> bool:
         """A borrower is done with this engine; returns whether calls are in flight, for the loop to go on with."""
+        if not self._in_flight:
+            return False
         if self.executor.pulls:
             self.step_soon()
-        return self.busy
+        return True
 
     # --- calls ------------------------------------------------------------------------------------------------------
 
@@ -230,6 +232,10 @@ class Engine:
         if self._peer is None or comm not in self._peer.comms:
             raise InternalError(f"communicator {comm} is not known")
         return self._peer.comms[comm]
+
+    def route(self, membership: Membership, part: Part, *, local: bool) -> Route:
+        """How a call runs in a membership; see `Routes.find`."""
+        return self.routes.find(part.ask, membership.view, membership.uid, membership.broken, part.description, local=local)
 
     def submit(self, op: Operation) -> None:
         """Make a call; `op.settle` is called when it has ended. It never raises: errors go there, too."""
@@ -318,7 +324,7 @@ class Engine:
         membership, lane = self._peer.comms.get(comm) if self._peer else None, self.lanes.get(comm)
         if membership is None or lane is None or not lane.complete or not (is_local(part) and part.is_plain):
             return None
-        route = self.routes.find(part.ask, membership.view, membership.uid, membership.broken, part.description, local=True)
+        route = self.route(membership, part, local=True)
         if not route.errand or not route.errand.small:
             return None
         arithmetic = part.arithmetic(self.kernels, membership.view.world_size)
@@ -331,7 +337,7 @@ class Engine:
         op.resume(self, membership.view, self._clock())
         membership.resume(op.record, CallId(None, index), self._loop.time())
         lane, part = self.lanes[comm], op.parts[0]
-        route = self.routes.find(part.ask, membership.view, membership.uid, membership.broken, part.description, local=True)
+        route = self.route(membership, part, local=True)
         pull = part.begin(self, route, CallKey(membership.epoch, index, 0), atomic=op.atomic, lane=lane, call=op.signature)
         assert part.pull
         part.pull.adopt()

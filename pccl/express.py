@@ -86,7 +86,7 @@ class Express:
         if not lane and (how.atomic or part.nbytes > MOST):
             return None
         try:
-            route = engine.routes.find(part.ask, membership.view, membership.uid, membership.broken, part.description, local=local)
+            route = engine.route(membership, part, local=local)
         except CollectiveAborted:  # which is told to all
             return None
         return cls(engine, membership, part, how, route, lane, make) if lane or route.short else None
@@ -128,6 +128,12 @@ class Express:
         self._engine.resume(self.op, self.transfer, self._membership)
 
 
-def suits(part: Part, how: Mapping[str, object]) -> bool:
-    """Whether a call may be of this kind."""
-    return part.pair is None and not part.on_gpu and KEYWORDS.issuperset(how)
+def suits(part: Part, how: Mapping[str, object], *, near: bool) -> bool:
+    """Whether a call may be of this kind.
+
+    Args:
+        near: the members share memory. Over links it has to be small, and without a commit.
+    """
+    if part.pair is not None or part.on_gpu or not KEYWORDS.issuperset(how):
+        return False
+    return near or (part.collective == "all_reduce" and part.nbytes <= MOST and not how.get("atomic", True))

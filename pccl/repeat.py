@@ -111,7 +111,7 @@ class Repeat:
             began = time.perf_counter()
             membership, lane = self._membership, self._lane
             n = membership.next_index
-            if membership.epoch is not self._epoch or not membership.is_clear or not lane.is_open(n):
+            if membership.epoch is not self._epoch or not membership.is_clear or not lane.is_free(n):
                 runtime.give_back()
                 return None
             slot = n % LOCAL_CALLS
@@ -144,7 +144,7 @@ class Repeat:
         except BaseException:  # a signal's handler, between any two instructions
             self._rescue(given, part, begun)
             raise
-        return Info(self._call, self._epoch, self._members, "local", self._moved, self._moved, time.perf_counter() - began, 1, given)
+        return Info(self._call, self._epoch, self._members, "local", 0, self._moved, time.perf_counter() - began, 1, given)
 
     def _rescue(self, given: Any, part: Part | None, begun: int) -> None:
         """Give the engine back, and end for all what was begun, however many signals come meanwhile."""

@@ -219,7 +219,7 @@ class ThreadRuntime:
     def give_back(self) -> None:
         """The engine's thread goes on with what is under way."""
         self._borrower = 0
-        busy = self.engine.busy and self.engine.returned()
+        busy = self.engine.returned()
         self._turn.release()
         if busy:
             self._wake()

@@ -259,21 +259,22 @@ class Communicator(Handle[Any]):
         return Communicator(self._runtime, made[0], made[1], self._timeout) if made else None
 
     def _do(self, part: Part, how: How) -> Any:
-        if suits(part, how) and "timeout" in how:
+        near = self._comm in self._runtime.engine.lanes
+        if not suits(part, how, near=near):
+            op = self._operation(part, how)
+            return self._start(op) if how.get("async_op") else self._run(op)
+        if not near or part.nbytes > SMALL or not part.is_plain or "timeout" in how:
             return self._express(part, how)
-        if suits(part, how):
-            kind = (part.signature, bool(how.get("atomic", True)), bool(how.get("retry", False)))
-            repeat = self._repeats.get(kind)
-            flat = part.flat(repeat.route) if repeat else None
-            info = repeat(*flat, part) if repeat and flat else None
-            if info:
-                return info
-            info = self._express(part, how)
-            if not repeat and part.nbytes <= SMALL:
-                self._expect(kind, part, how)
+        kind = (part.signature, bool(how.get("atomic", True)), bool(how.get("retry", False)))
+        repeat = self._repeats.get(kind)
+        flat = part.flat(repeat.route) if repeat else None
+        info = repeat(*flat, part) if repeat and flat else None
+        if info:
             return info
-        op = self._operation(part, how)
-        return self._start(op) if how.get("async_op") else self._run(op)
+        info = self._express(part, how)
+        if not repeat:
+            self._expect(kind, part, how)
+        return info
 
     def _express(self, part: Part, how: How, index: int = -1) -> Any:
         """Make a call that may need no record; with an index, one that has that place already."""
