@@ -843,7 +843,8 @@ def test_a_link_that_is_there_again_is_used_by_sub_communicators_too() -> None:
     assert not sub.broken
 
 
-def test_a_link_that_breaks_while_newcomers_come_in_is_made_again_although_the_update_is_cancelled() -> None:
+def a_link_breaks_while_a_newcomer_comes_in() -> tuple[Cluster, list[Call]]:
+    """A, B and C let J in; the master has heard that A lost its link to B."""
     c = Cluster("ABC")
     c.add("J")
     c.run()
@@ -852,6 +853,11 @@ def test_a_link_that_breaks_while_newcomers_come_in_is_made_again_although_the_u
     c["A"].peer.link_lost(1, "broken pipe", lacking=False)
     while c.to_master(c["A"]):
         pass
+    return c, updates
+
+
+def test_a_link_that_breaks_while_newcomers_come_in_is_made_again_although_the_update_is_cancelled() -> None:
+    c, updates = a_link_breaks_while_a_newcomer_comes_in()
     before = len(c["A"].links)
     cancel(c, c["B"], updates[1])
     c.run()
@@ -949,14 +955,7 @@ def test_a_member_that_leaves_the_group_while_a_sub_communicator_stops() -> None
 
 
 def test_a_link_that_breaks_while_newcomers_come_in_is_made_again_although_they_die() -> None:
-    c = Cluster("ABC")
-    c.add("J")
-    c.run()
-    updates = [c[name].update() for name in "ABC"]
-    until_links_are_made(c)
-    c["A"].peer.link_lost(1, "broken pipe", lacking=False)
-    while c.to_master(c["A"]):
-        pass
+    c, updates = a_link_breaks_while_a_newcomer_comes_in()
     before = len(c["A"].links)
     c["J"].die()
     c.notice(c["J"])
