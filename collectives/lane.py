@@ -1,6 +1,7 @@
 """How far the members of one host are in each call: words in the memory that they share, each written by one member and read by all.
 
-Every member has, for each epoch of a communicator, a lane in its own region: RING slots, of which a call uses the one that its index says.
+Every member has, for each epoch of a communicator, a lane in its own region: RING slots, of which a call uses the one that its index says,
+behind a line whose first word says, once the epoch is over, that this member will read nothing more there.
 A slot's first word holds call, phase and whether newcomers wait; the words behind it (the call's signature, where its data lies) are
 written before the first one is, and stay until the slot is used again. Processors of x86 keep the order of stores and of loads; others
 are not supported.
@@ -20,7 +21,7 @@ What the phases promise, and what a member may conclude from them (design sectio
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -96,14 +97,14 @@ class Commons:
         words, at = self.region.words, _entry(number)
         offset: int = _LANES_AT + number * _LANE_BYTES
         words[at] = 0
-        self.region.view(offset + _LINE, _LINE * RING)[:] = 0
+        self.region.view(offset, _LINE * (RING + 1))[:] = 0
         words[at + 1] = epoch.rid
         words[at] = _name(epoch)
         return offset
 
     def close_lane(self, offset: int) -> None:
         """Nobody looks for it, or reads there, any more."""
-        number = (offset - _LANES_AT) // _LANE_BYTES
+        number = _number(offset)
         self.region.words[_entry(number)] = 0
         self._lanes.discard(number)
         self.region.release(offset + _WORDS_BYTES, RING * SMALL)
@@ -148,6 +149,11 @@ class Commons:
 def _entry(number: int) -> int:
     """Index of the words that say whose a lane is."""
     return _TABLE // 8 + 2 * number
+
+
+def _number(offset: int) -> int:
+    """That of the lane that is there."""
+    return (offset - _LANES_AT) // _LANE_BYTES
 
 
 def _name(epoch: Epoch) -> int:
@@ -294,9 +300,19 @@ class Lane:
         """Every member has been seen in this epoch."""
         return len(self._found) == len(self.others)
 
-    def is_over(self) -> bool:
-        """Whether everyone who lives is out of all calls that this member has made."""
-        return all(not last or self._is_over(slot, living=True) for slot, last in enumerate(self._last))
+    def retire(self) -> None:
+        """The epoch is over: once this member is in no call of it any more, say that it will read nothing there."""
+        if not any(self._lines):
+            self._own[self._at] = 1
+
+    def is_over(self, counts: Callable[[OtherShared], bool]) -> bool:
+        """Whether this member has retired, and none of the others who count will read anything of it: each is out of all its calls, has
+        retired, or never was in this epoch.
+        """
+        if not self._own[self._at]:
+            return False
+        readers = [rank for rank, other in self.others.items() if counts(other) and not self._has_retired(rank)]
+        return all(self._is_out(rank, last, slot) for rank in readers for slot, last in enumerate(self._last) if last)
 
     # --- the others' --------------------------------------------------------------------------------------------------
 
@@ -337,17 +353,21 @@ class Lane:
         offset = self._found.get(rank) or self._find(rank)
         return self.others[rank].words[offset // 8 + 8 * (slot + 1)] if offset else 0
 
-    def _is_over(self, slot: int, *, living: bool = False) -> bool:
+    def _is_over(self, slot: int) -> bool:
         """Whether everyone is out of the call that one's own slot was used for last, this member included."""
-        call = self._last[slot] >> _CALL
-        if phase_in(self._last[slot]) < OUT:
-            return False
-        for rank, other in self.others.items():
-            now = self._state(rank, slot)
-            behind = now >> _CALL < call or (now >> _CALL == call and phase_in(now) < OUT)
-            if behind and not (living and not other.is_alive()):
-                return False
-        return True
+        last = self._last[slot]
+        return phase_in(last) >= OUT and all(self._is_out(rank, last, slot) for rank in self.others)
+
+    def _is_out(self, rank: int, last: int, slot: int) -> bool:
+        """Whether another member is out of the call for which this one's slot was used last."""
+        now = self._state(rank, slot)
+        return now >> _CALL > last >> _CALL or (now >> _CALL == last >> _CALL and phase_in(now) >= OUT)
+
+    def _has_retired(self, rank: int) -> bool:
+        """Whether another member is in no call of this epoch any more: it says so, has given its lane up, or never had one."""
+        offset = self._found.get(rank) or self._find(rank)
+        words = self.others[rank].words
+        return not offset or words[offset // 8] != 0 or words[_entry(_number(offset))] != self._name
 
     def _find(self, rank: int) -> int:
         """The offset of a member's lane; 0 as long as it is not in this epoch."""

@@ -19,7 +19,7 @@ from pccl.collectives.flow import CallKey, Flow, Moving
 from pccl.collectives.lane import DONE, GONE, HERE, OUT, SMALL, VOID, Lane
 from pccl.collectives.supply import Supply
 from pccl.collectives.transfer import Arithmetic
-from pccl.core.errors import InternalError
+from pccl.core.errors import Evicted
 from pccl.core.frames import Header
 
 Array = npt.NDArray[Any]
@@ -233,11 +233,11 @@ class Pull:
         """The call is committed: bring the result to its place.
 
         Raises:
-            InternalError: it cannot be read.
+            Evicted: it cannot be read, since the others have gone on without this member.
         """
         if self._entered:
-            if not all(self._deliver()):
-                raise InternalError("a part of the result cannot be read in shared memory")
+            if not all(self._deliver()) or not self._lane.stands():
+                raise Evicted("what the others have committed without it cannot be had any more")
             self._leave()
             self._entered = False
             self._lane.step_out(self._n)
@@ -448,6 +448,8 @@ class Pull:
             return self._source[start : start + count]
         where, nbytes = lane.source(rank, self._n), count * self._item
         if where & HERE:
+            while not lane.stands():
+                yield False
             return lane.others[rank].view((where ^ HERE) + start * self._item, nbytes).view(self._dtype)
         k = rank if rank < lane.rank else rank - 1
         while len(self._scratch) <= k:
@@ -459,6 +461,8 @@ class Pull:
     def _read(self, rank: int, where: int, start: int, into: Array) -> Iterator[bool]:
         """Copy a run of what lies at `where` of a member. It does not end if that cannot be read: a verdict comes."""
         other, offset = self._lane.others[rank], start * self._item
+        while not self._lane.stands():  # `where` may be anything
+            yield False
         if where & HERE:
             into[:] = other.view((where ^ HERE) + offset, into.nbytes).view(self._dtype)
         else:

@@ -19,7 +19,6 @@ import numpy.typing as npt
 from pccl.calls import Collective, Part, is_local
 from pccl.collectives.executor import Executor
 from pccl.collectives.flow import CallKey, Flow, Moving
-from pccl.collectives.lane import Commons, Lane
 from pccl.collectives.pull import LOCAL
 from pccl.collectives.quantize import Codec
 from pccl.collectives.reduction import Kernels
@@ -39,6 +38,7 @@ from pccl.core.messages import PeerInfo, Prepare, Reason, SplitResult, Waiting
 from pccl.core.options import Options
 from pccl.core.types import CallId, Epoch, Info, View
 from pccl.express import Express, Manner
+from pccl.lanes import Lanes
 from pccl.operations import Operation, failure
 from pccl.poller import Poller
 from pccl.protocol.member import Membership
@@ -48,7 +48,7 @@ from pccl.repeat import Repeat
 from pccl.route import Ask, Route, Routes
 from pccl.staging import Pool
 from pccl.transports.base import ControlClient, Link, LinkHandler, LinkTicket, Refusal, Source, Transport
-from pccl.transports.region import OtherShared, OwnShared
+from pccl.transports.region import OwnShared
 
 if TYPE_CHECKING:
     from pccl.runtime import ThreadRuntime
@@ -122,14 +122,7 @@ class Engine:
         self._spare: npt.NDArray[np.uint8] | None = None
         self._spare_release: asyncio.TimerHandle | None = None
         self._region = region
-        self._commons = Commons(region) if region else None
-        self.lanes: dict[int, Lane] = {}
-        """Of the communicators whose members all share memory"""
-        self._past_lanes: dict[int, Lane] = {}
-        """Those of their last epochs: somebody may still read there."""
-        self._left_lanes: list[Lane] = []
-        """Those of communicators that this peer has left, likewise"""
-        self._neighbours: dict[OtherShared, None] = {}
+        self.lanes = Lanes(region, self.executor.flows)
         self._stepping = False
         self.poller = Poller(client, self._links, self._is_alone, lambda e: self._complain("a handler failed", e), self.executor, region)
         if region:
@@ -199,8 +192,7 @@ class Engine:
         await self._transport.close()
         self._spare = None
         self.pinned.drop()
-        self.lanes, self._past_lanes, self._left_lanes, self._commons = {}, {}, [], None
-        self._leave_neighbours()
+        self.lanes.close()
         region, self._region = self._region, None
         if region:
             region.notify(None)
@@ -336,7 +328,7 @@ class Engine:
         membership = self.membership(comm)
         op.resume(self, membership.view, self._clock())
         membership.resume(op.record, CallId(None, index), self._loop.time())
-        lane, part = self.lanes[comm], op.parts[0]
+        lane, part = self.lanes.get(comm), op.parts[0]
         route = self.route(membership, part, local=True)
         pull = part.begin(self, route, CallKey(membership.epoch, index, 0), atomic=op.atomic, lane=lane, call=op.signature)
         assert part.pull
@@ -468,19 +460,6 @@ class Engine:
     def _drop_spare(self) -> None:
         self._spare = None
 
-    def _close_lanes(self) -> None:
-        """Those that were left and that nobody reads in any more."""
-        for lane in [lane for lane in self._left_lanes if lane.is_over()]:
-            self._left_lanes.remove(lane)
-            lane.close()
-
-    def _trim(self) -> None:
-        """Give shared memory back that no call has needed for a while."""
-        if self._commons and self._commons.unused_for(self._loop.time()) >= SPARE_KEPT:
-            for lane in (*self.lanes.values(), *self._past_lanes.values(), *self._left_lanes):
-                lane.reap()
-            self._commons.trim()
-
     # --- control client ---------------------------------------------------------------------------------------------
 
     def control_up(self) -> None:
@@ -557,8 +536,7 @@ class Engine:
         flow.attach(link)
         if link.near and self._peer:
             self._peer.near.add(link.uid)
-            self._neighbours[link.near] = None
-            link.near.kept = True
+            self.lanes.met(link.uid, link.near)
         self.poller.forget()
 
     async def _admit(self, admission: int, dialer: int, acceptor: int) -> LinkTicket | None:
@@ -578,7 +556,7 @@ class Engine:
     def admitted(self, view: View) -> None:
         """This peer is a member."""
         self.executor.enter_epoch(view.epoch, None, ())
-        self._open_lane(ROOT)
+        self._open_lane(self.membership(ROOT))
         self._check_links(view)
         if not self._admitted.done():
             self._admitted.set_result(view)
@@ -594,42 +572,21 @@ class Engine:
                 self.executor.drop_flow(uid)
             if self._peer:
                 self._peer.near &= here
-            self._leave_neighbours()
             self._check_links(new)
-        self._open_lane(comm)
+        self._open_lane(self.membership(comm))
 
-    def _leave_neighbours(self) -> None:
-        """Let go of those with whom there is neither a link nor a lane."""
-        linked = {flow.link.near for flow in self.executor.flows.values() if flow.link}
-        for lane in (*self.lanes.values(), *self._past_lanes.values(), *self._left_lanes):
-            linked.update(lane.others.values())
-        for gone in [other for other in self._neighbours if other not in linked]:
-            del self._neighbours[gone]
-            gone.close()
-
-    def _open_lane(self, comm: int) -> None:
+    def _open_lane(self, membership: Membership) -> None:
         """Have a place in shared memory for a communicator's new epoch, if all its members do."""
-        assert self._peer
-        past, last = self._past_lanes.pop(comm, None), self.lanes.pop(comm, None)
-        self._close_lanes()
-        if past:  # perhaps somebody still has to fetch what was committed there
-            self._left_lanes.append(past)
-        if last:
-            self._past_lanes[comm] = last
-        membership = self._peer.comms[comm]
-        if not membership.near or self._commons is None:
-            return
-        flows, mine = self.executor.flows, membership.view.rank
-        links = {r: flows[m.uid].link for r, m in enumerate(membership.view.members) if r != mine and m.uid in flows}
-        others = {r: link.near for r, link in links.items() if link and link.near}
-        if len(others) == len(membership.view.members) - 1:
-            try:
-                self.lanes[comm] = lane = Lane(self._commons, membership.epoch, mine, others)
-            except InvalidArgument as e:  # the others would wait for this member
-                self._out(Evicted(str(e)))
-                self._spawn(self._client.close())
-                return
-            logger.info("communicator %d: all %d members are on this host: %s", comm, len(others) + 1, lane.manner)
+        try:
+            self.lanes.open(membership)
+        except InvalidArgument as e:
+            self._out(Evicted(str(e)))
+            self._spawn(self._client.close())
+        self._sweep_lanes()
+
+    def _sweep_lanes(self) -> None:
+        if self._peer and ROOT in self._peer.comms:
+            self.lanes.sweep({m.uid for m in self._peer.root.view.members})
 
     def _check_links(self, view: View) -> None:
         """Complain of links that are missing without the master knowing."""
@@ -718,13 +675,14 @@ class Engine:
         made = self._peer.adopt(self.membership(parent), result)
         if made:
             self.executor.enter_epoch(made.epoch, None, ())
-            self._open_lane(made.comm)
+            self._open_lane(made)
         return made
 
     def newcomers_wait(self, comm: int, waiting: bool) -> None:
         """Have this said by calls that commit in shared memory."""
-        if comm in self.lanes:
-            self.lanes[comm].waiting = waiting
+        lane = self.lanes.get(comm)
+        if lane:
+            lane.waiting = waiting
 
     def waits_for(self, comm: int, m: Waiting) -> None:
         """Log that a call waits."""
@@ -792,8 +750,8 @@ class Engine:
             self._leaving_subs.discard(comm)
             left = comms.pop(comm)
             left.leave()
-            self._left_lanes += [lane for lane in (self.lanes.pop(comm, None), self._past_lanes.pop(comm, None)) if lane]
-            self._close_lanes()
+            self.lanes.leave(comm)
+            self._sweep_lanes()
             self.executor.leave_epoch(left.epoch, [m.uid for m in left.view.members])
         if self._leaving and not self._left and not any(c.in_flight for c in comms.values()):
             self._left = True
@@ -879,8 +837,8 @@ class Engine:
         if self._peer and self.error is None:
             self._peer.beat(self.executor.progress)
             self._watch_deadlines()
-            self._close_lanes()
-            self._trim()
+            self._sweep_lanes()
+            self.lanes.trim(self._loop.time())
             for uid in self.executor.silent_flows(self.options.path_timeout):
                 flow = self.executor.flow(uid)
                 flow.detach()

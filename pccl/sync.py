@@ -259,7 +259,7 @@ class Communicator(Handle[Any]):
         return Communicator(self._runtime, made[0], made[1], self._timeout) if made else None
 
     def _do(self, part: Part, how: How) -> Any:
-        near = self._comm in self._runtime.engine.lanes
+        near = self._runtime.engine.lanes.get(self._comm) is not None
         if not suits(part, how, near=near):
             op = self._operation(part, how)
             return self._start(op) if how.get("async_op") else self._run(op)

@@ -91,11 +91,11 @@ async def test_a_communicator_that_is_left_takes_no_memory_with_it() -> None:
         halves = await each(c.split(0) for c in comms)
         tensors = [np.full(100_000, 1.0) for _ in comms]
         await each(c.all_reduce(x) for c, x in zip(halves, tensors, strict=True))
-        commons = [c._runtime.engine._commons for c in comms]
+        commons = [c._runtime.engine.lanes._commons for c in comms]
         assert all(c and c._taken for c in commons)
         await each(half.leave() for half in halves)
         for engine in (c._runtime.engine for c in comms):
-            engine._loop.call_soon_threadsafe(engine._close_lanes)
+            engine._loop.call_soon_threadsafe(engine._sweep_lanes)
         await total(comms)
         await total(comms)
         assert not any(c and c._taken for c in commons)

@@ -15,6 +15,7 @@ from pccl.collectives.lane import DONE, IN, OUT, RING, ROOM, VOID, Commons, Lane
 from pccl.collectives.pull import Pull, errand
 from pccl.collectives.reduction import Kernels
 from pccl.core.dtypes import ReduceOp
+from pccl.core.errors import Evicted
 from pccl.core.types import Epoch
 from pccl.transports.memory_region import MemoryHost, MemoryRegion
 from pccl.transports.region import supported
@@ -178,3 +179,24 @@ def test_who_was_left_behind_takes_nothing_of_what_came_later(closed: bool, comm
     for _ in range(100):
         other.step()
     assert hosts[1].done.called is not closed
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_committed_result_that_the_others_keep_no_longer(closed: bool) -> None:
+    """Who learns late that all have committed has the result, or an error: nothing of what came later."""
+    both, xs = lanes(2), [np.full(100_000, k + 1.0) for k in range(2)]
+    (one, other), _ = two_pulls(both, xs, commits=True)
+    while both[0].phase(1, 5) != DONE:
+        one.step()
+        other.step()
+    while both[1].phase(0, 5) != OUT:
+        one.step()
+    other.halt()
+    if closed:
+        both[0].close()
+        both[0].commons.open_lane(Epoch(1, 3, 1))
+        with pytest.raises(Evicted, match="cannot be had any more"):
+            other.conclude()
+    else:
+        other.conclude()
+        assert (xs[1] == 3).all()

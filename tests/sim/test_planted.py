@@ -18,6 +18,7 @@ from pccl.collectives.pull import Pull
 from pccl.core.messages import Reason
 from pccl.core.types import CallId
 from pccl.engine import Engine
+from pccl.lanes import Lanes
 from pccl.protocol import decide as decide_module
 from pccl.protocol import group as group_module
 from pccl.protocol.ledger import Ledger, Phase
@@ -267,17 +268,11 @@ def a_slot_is_used_while_others_are_in_it(m: pytest.MonkeyPatch) -> None:
 
 @near
 def a_slot_is_used_while_its_own_member_is_in_it(m: pytest.MonkeyPatch) -> None:
-    original = Lane._is_over
+    def is_free(self: Lane, n: int) -> bool:
+        last = self._last[n % RING]
+        return not last or all(self._is_out(rank, last, n % RING) for rank in self.others)
 
-    def is_over(self: Lane, slot: int) -> bool:
-        last = self._last[slot]
-        self._last[slot] |= OUT << 1
-        try:
-            return original(self, slot)
-        finally:
-            self._last[slot] = last
-
-    m.setattr(Lane, "_is_over", is_over)
+    m.setattr(Lane, "is_free", is_free)
 
 
 @near
@@ -293,14 +288,14 @@ def signatures_in_shared_memory_are_not_compared(m: pytest.MonkeyPatch) -> None:
 
 @near
 def a_new_epoch_of_the_same_members_goes_on_in_the_old_lane(m: pytest.MonkeyPatch) -> None:
-    original = Engine._open_lane
+    original = Lanes.open
 
-    def open_lane(self: Engine, comm: int) -> None:
-        lane = self.lanes.get(comm)
-        if lane is None or len(lane.others) + 1 != self.membership(comm).view.world_size:
-            original(self, comm)
+    def open_lane(self: Lanes, membership: Membership) -> None:
+        lane = self.get(membership.comm)
+        if lane is None or len(lane.others) + 1 != membership.view.world_size:
+            original(self, membership)
 
-    m.setattr(Engine, "_open_lane", open_lane)
+    m.setattr(Lanes, "open", open_lane)
 
 
 @pytest.fixture(autouse=True)
