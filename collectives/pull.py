@@ -8,6 +8,7 @@ its part of the result with it.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -217,7 +218,8 @@ class Pull:
         self.halted = True
         self._give_scratch()
         if self.committed:
-            self.conclude()
+            with contextlib.suppress(Evicted):  # said when the caller is to have the result
+                self.conclude()
         elif not self.ready:
             self.withdraw()
 

@@ -182,8 +182,9 @@ def test_who_was_left_behind_takes_nothing_of_what_came_later(closed: bool, comm
 
 
 @pytest.mark.parametrize("closed", [False, True])
-def test_a_committed_result_that_the_others_keep_no_longer(closed: bool) -> None:
-    """Who learns late that all have committed has the result, or an error: nothing of what came later."""
+@pytest.mark.parametrize("seen", [False, True])
+def test_a_committed_result_that_the_others_keep_no_longer(seen: bool, closed: bool) -> None:
+    """Who stood still when all had committed has the result, or an error: nothing of what came later."""
     both, xs = lanes(2), [np.full(100_000, k + 1.0) for k in range(2)]
     (one, other), _ = two_pulls(both, xs, commits=True)
     while both[0].phase(1, 5) != DONE:
@@ -191,10 +192,13 @@ def test_a_committed_result_that_the_others_keep_no_longer(closed: bool) -> None
         other.step()
     while both[1].phase(0, 5) != OUT:
         one.step()
-    other.halt()
+    while seen and not other.committed:
+        other.step()
     if closed:
         both[0].close()
         both[0].commons.open_lane(Epoch(1, 3, 1))
+    other.halt()
+    if closed:
         with pytest.raises(Evicted, match="cannot be had any more"):
             other.conclude()
     else:
