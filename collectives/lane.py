@@ -54,6 +54,8 @@ _TABLE = FIRST
 _LANES_AT = _TABLE + -(-16 * LANES // mmap.PAGESIZE) * mmap.PAGESIZE
 ROOM = _LANES_AT + LANES * _LANE_BYTES
 """Bytes of a region in front of what `Commons.take` gives out"""
+_CLOSED = 1 << 63
+"""Bit of a lane's name that says that it was closed"""
 _SIGNATURE, _INPUT, _RESULT = 1, 2, 3
 """Words of a slot, besides its first"""
 HERE = 1 << 63
@@ -105,7 +107,7 @@ class Commons:
     def close_lane(self, offset: int) -> None:
         """Nobody looks for it, or reads there, any more."""
         number = _number(offset)
-        self.region.words[_entry(number)] = 0
+        self.region.words[_entry(number)] |= _CLOSED
         self._lanes.discard(number)
         self.region.release(offset + _WORDS_BYTES, RING * SMALL)
 
@@ -173,6 +175,8 @@ class Lane:
         self.rank = rank
         self.waiting = False
         """Newcomers wait, as far as this member knows."""
+        self.past = False
+        """The epoch is over: who has no lane of it yet will have none."""
         self.others = others
         self._bells = [(other.words, other.ring) for other in others.values()]
         self.readable = all(other.readable for other in others.values())
@@ -306,8 +310,8 @@ class Lane:
             self._own[self._at] = 1
 
     def is_over(self, counts: Callable[[OtherShared], bool]) -> bool:
-        """Whether this member has retired, and none of the others who count will read anything of it: each is out of all its calls, has
-        retired, or never was in this epoch.
+        """Whether this member has retired, and none of the others who count will read anything of it: each is out of all its calls, or has
+        retired.
         """
         if not self._own[self._at]:
             return False
@@ -364,21 +368,26 @@ class Lane:
         return now >> _CALL > last >> _CALL or (now >> _CALL == last >> _CALL and phase_in(now) >= OUT)
 
     def _has_retired(self, rank: int) -> bool:
-        """Whether another member is in no call of this epoch any more: it says so, has given its lane up, or never had one."""
+        """Whether another member is in no call of this epoch any more: it says so, has closed its lane, or will never have one."""
         offset = self._found.get(rank) or self._find(rank)
         words = self.others[rank].words
-        return not offset or words[offset // 8] != 0 or words[_entry(_number(offset))] != self._name
+        if offset:
+            return words[offset // 8] != 0 or words[_entry(_number(offset))] != self._name
+        return self.past or self._look_up(rank, self._name | _CLOSED) >= 0
 
     def _find(self, rank: int) -> int:
         """The offset of a member's lane; 0 as long as it is not in this epoch."""
-        words, name = self.others[rank].words, self._name
-        for number in range(LANES):
-            at = _entry(number)
-            if words[at] == name and words[at + 1] == self.epoch.rid:
-                self._found[rank] = _LANES_AT + number * _LANE_BYTES
-                self._entries.append((words, at))
-                return self._found[rank]
-        return 0
+        number = self._look_up(rank, self._name)
+        if number < 0:
+            return 0
+        self._found[rank] = _LANES_AT + number * _LANE_BYTES
+        self._entries.append((self.others[rank].words, _entry(number)))
+        return self._found[rank]
+
+    def _look_up(self, rank: int, name: int) -> int:
+        """The number of a member's lane of this name; -1 if there is none."""
+        words, rid = self.others[rank].words, self.epoch.rid
+        return next((k for k in range(LANES) if words[_entry(k)] == name and words[_entry(k) + 1] == rid), -1)
 
     def _line(self, n: int) -> int:
         return self._at + 8 * (n % RING + 1)

@@ -238,8 +238,10 @@ class Pull:
             Evicted: it cannot be read, since the others have gone on without this member.
         """
         if self._entered:
-            if not all(self._deliver()) or not self._lane.stands():
-                raise Evicted("what the others have committed without it cannot be had any more")
+            if not (self._lane.stands() and all(self._deliver()) and self._lane.stands()):
+                raise Evicted(
+                    "the others have gone on, and the result that they have committed cannot be had any more: buffers are undefined"
+                )
             self._leave()
             self._entered = False
             self._lane.step_out(self._n)
@@ -307,6 +309,8 @@ class Pull:
             lane.publish(n, DONE)
             pending = list(lane.others)
             while pending := [rank for rank in pending if lane.phase(rank, n) not in (DONE, OUT)]:
+                yield False
+            while not lane.stands():  # the others have gone on: what it saw may be of another call
                 yield False
             self.committed, self.waiting = True, lane.anyone_waits(n)
             yield from self._deliver()

@@ -556,7 +556,7 @@ class Engine:
     def admitted(self, view: View) -> None:
         """This peer is a member."""
         self.executor.enter_epoch(view.epoch, None, ())
-        self._open_lane(self.membership(ROOT))
+        self._open_lane(ROOT)
         self._check_links(view)
         if not self._admitted.done():
             self._admitted.set_result(view)
@@ -573,20 +573,23 @@ class Engine:
             if self._peer:
                 self._peer.near &= here
             self._check_links(new)
-        self._open_lane(self.membership(comm))
+        self._open_lane(comm)
 
-    def _open_lane(self, membership: Membership) -> None:
+    def _open_lane(self, comm: int) -> None:
         """Have a place in shared memory for a communicator's new epoch, if all its members do."""
+        assert self._peer
         try:
-            self.lanes.open(membership)
+            self.lanes.open(self._peer.comms[comm], self._here())
         except InvalidArgument as e:
             self._out(Evicted(str(e)))
             self._spawn(self._client.close())
-        self._sweep_lanes()
 
     def _sweep_lanes(self) -> None:
-        if self._peer and ROOT in self._peer.comms:
-            self.lanes.sweep({m.uid for m in self._peer.root.view.members})
+        self.lanes.sweep(self._here())
+
+    def _here(self) -> set[int]:
+        """Uids of the group's members."""
+        return {m.uid for m in self._peer.root.view.members} if self._peer and ROOT in self._peer.comms else set()
 
     def _check_links(self, view: View) -> None:
         """Complain of links that are missing without the master knowing."""
@@ -675,7 +678,7 @@ class Engine:
         made = self._peer.adopt(self.membership(parent), result)
         if made:
             self.executor.enter_epoch(made.epoch, None, ())
-            self._open_lane(made)
+            self._open_lane(made.comm)
         return made
 
     def newcomers_wait(self, comm: int, waiting: bool) -> None:

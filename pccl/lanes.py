@@ -49,8 +49,11 @@ class Lanes:
         self._neighbours[near] = uid
         near.kept = True
 
-    def open(self, membership: Membership) -> None:
+    def open(self, membership: Membership, here: Collection[int]) -> None:
         """A communicator is in a new epoch: have a place for that, if all its members share memory.
+
+        Args:
+            here: as for `sweep`, which is made.
 
         Raises:
             InvalidArgument: too many have one. The others would wait for this member.
@@ -61,6 +64,8 @@ class Lanes:
             self._left.append(past)
         if last:
             self._past[comm] = last
+            last.past = True
+        self.sweep(here)
         if not membership.near or self._commons is None:
             return
         mine = membership.view.rank
@@ -82,7 +87,7 @@ class Lanes:
         """
         for lane in (*self._past.values(), *self._left):
             lane.retire()
-        for lane in [lane for lane in self._left if lane.is_over(lambda other: self._neighbours[other] in here and other.is_alive())]:
+        for lane in [lane for lane in self._left if lane.is_over(lambda other: self._neighbours[other] in here)]:
             self._left.remove(lane)
             lane.close()
         needed = {flow.link.near for flow in self._flows.values() if flow.link}

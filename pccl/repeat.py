@@ -133,7 +133,7 @@ class Repeat:
                 return self._go_on(given, part, n)
             if self._commits:
                 lane.publish(n, DONE)
-                if not self._all(self._all_words, slot, DONE, n):
+                if not self._all(self._all_words, slot, DONE, n) or not lane.stands():
                     return self._go_on(given, part, n)
                 membership.committed(CallId(None, n), lane.anyone_waits(n))
             if self._to is not None:

@@ -35,13 +35,16 @@ class Peers:
 
     def epoch(self, number: int, *uids: int, apart: int = -1) -> None:
         """The group is in a new epoch, with these, but for one that has no lane; links to others are closed."""
-        members = tuple(Member(uid, f"P{uid}", "here") for uid in uids)
-        for rank, uid in enumerate(uids):
+        for uid in uids:
             for gone in [other for other in self.flows[uid] if other not in uids]:
                 del self.flows[uid][gone]
-            view = View(Epoch(1, number, 1), rank, members)
-            self.lanes[uid].open(SimpleNamespace(comm=0, view=view, near=uid != apart, epoch=view.epoch))  # type: ignore[arg-type]
+            self.enter(number, uid, uids, near=uid != apart)
         self.sweep(*uids)
+
+    def enter(self, number: int, uid: int, uids: tuple[int, ...], *, near: bool = True) -> None:
+        """One member hears of a new epoch."""
+        view = View(Epoch(1, number, 1), uids.index(uid), tuple(Member(u, f"P{u}", "here") for u in uids))
+        self.lanes[uid].open(SimpleNamespace(comm=0, view=view, near=near, epoch=view.epoch), uids)  # type: ignore[arg-type]
 
     def sweep(self, *uids: int) -> None:
         """Heartbeats, of these members."""
@@ -133,3 +136,40 @@ def test_neighbours_go_when_nothing_is_left_that_they_are_needed_for() -> None:
     peers.sweep(0, 1)
     assert not peers.is_kept(0, 2)
     assert peers.is_kept(0, 1), "there is a link"
+
+
+@pytest.mark.parametrize("then", ["leaves, too", "goes on"])
+def test_who_leaves_keeps_its_lane_for_those_who_have_none_yet(then: str) -> None:
+    """They are in the same epoch, and late: a call without commit may have ended here before they make it."""
+    peers = Peers()
+    peers.enter(1, 0, (0, 1))
+    into_a_call(peers, OUT, 0, 0)
+    peers.lanes[0].leave(0)
+    peers.sweep(0, 1)
+    peers.enter(1, 1, (0, 1))
+    late = peers.lanes[1].get(0)
+    assert late
+    assert late.phase(0, 0) == OUT
+    late.line_up(0)
+    late.enter(0, 1, 0)
+    peers.sweep(0, 1)
+    assert late.stands()
+    late.publish(0, OUT)
+    late.step_out(0)
+    if then == "leaves, too":
+        peers.lanes[1].leave(0)
+    peers.sweep(1, 0)
+    assert not late.stands()
+
+
+def test_who_came_and_went_keeps_no_lane_open() -> None:
+    """It was not seen there, and has closed its lane before the other one looked."""
+    peers = Peers()
+    for uid in (0, 1):
+        peers.enter(1, uid, (0, 1))
+    into_a_call(peers, VOID, 0, 0)
+    peers.lanes[1].leave(0)
+    peers.sweep(1)
+    peers.lanes[0].leave(0)
+    peers.sweep(0)
+    assert peers.lanes[0]._left == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,10 @@ import pccl
 from pccl import sync
 from pccl.collectives.executor import Executor
 from pccl.collectives.pull import Pull
-from tests.checks.support import each, group, in_threads, outcomes, until
+from pccl.core.messages import SplitResult
+from pccl.engine import Engine
+from pccl.protocol.member import Membership
+from tests.checks.support import each, group, in_threads, outcomes, until, wait_until
 
 
 async def total(comms: list[Any], **how: Any) -> None:
@@ -99,3 +103,30 @@ async def test_a_communicator_that_is_left_takes_no_memory_with_it() -> None:
         await total(comms)
         await total(comms)
         assert not any(c and c._taken for c in commons)
+
+
+def test_who_leaves_takes_nothing_from_those_who_are_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A root has given what there was to give, and leaves; the other hears only then that they have a communicator."""
+    left, adopt = threading.Event(), Engine.adopt
+
+    def late(self: Engine, parent: int, result: SplitResult) -> Membership | None:
+        if self.membership(0).view.rank == 1:
+            assert left.wait(20)
+        return adopt(self, parent, result)
+
+    monkeypatch.setattr(Engine, "adopt", late)
+
+    def body(comm: sync.Communicator) -> float:
+        part = comm.split(0)
+        assert part
+        x = np.full(10, comm.rank + 1.0)
+        part.broadcast(x, atomic=False, timeout=20)
+        if comm.rank == 0:
+            part.leave()
+            engine = comm._runtime.engine
+            wait_until(lambda: engine._peer and list(engine._peer.comms) == [0])
+            engine._loop.call_soon_threadsafe(left.set)
+        comm.barrier()
+        return float(x[0])
+
+    assert in_threads(2, body) == [1.0, 1.0]

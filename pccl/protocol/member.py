@@ -147,7 +147,7 @@ class Membership:
     @property
     def is_clear(self) -> bool:
         """Whether nothing is under way, and nothing known of what is to come."""
-        held = self.stopped or self._open or self._queue or self.fresh or self._news or self._leaving or self._stored
+        held = self.stopped or self._open or self._queue or self.fresh or self._news or self._leaving or self._left or self._stored
         return not held
 
     @property
