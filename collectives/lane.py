@@ -40,7 +40,7 @@ _PHASE = 1
 _CALL = 4
 """Bits behind the call"""
 
-SMALL = 64 << 10
+SMALL = 256 << 10
 """Bytes of input that fit into a slot."""
 LANES = 1024
 """Epochs of communicators that have a place at a time; each has two, its present one and the one before"""

@@ -20,6 +20,9 @@ import numpy.typing as npt
 
 from pccl.transports.region import OtherShared, OwnShared
 
+_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+"""Linux's own number; Python names it since 3.13"""
+
 
 class MemoryHost:
     """What nodes that share memory have in common.
@@ -68,7 +71,7 @@ class MemoryRegion(OwnShared):
         self.open = open
         self.alive = True
         """The node has not been killed."""
-        self.map = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.map = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
         self.memory = np.frombuffer(self.map, np.uint8)
         self.words: _Words = _Words(memoryview(self.map).cast("Q"), host.look)
         self._bell: tuple[Callable[[], None], contextvars.Context] | None = None
