@@ -405,6 +405,15 @@ class Handle(Collectives[R]):
         return self._seen.rank
 
     @property
+    def timeout(self) -> float | None:
+        """Seconds that calls may take that do not say it themselves; None: no limit. May be set, for calls that are made from then on."""
+        return self._timeout
+
+    @timeout.setter
+    def timeout(self, seconds: float | None) -> None:
+        self._timeout = check_timeout(seconds)
+
+    @property
     def world_size(self) -> int:
         """Number of members."""
         return self._seen.world_size

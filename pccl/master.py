@@ -10,6 +10,7 @@ import logging
 import secrets
 from collections.abc import Callable
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from pccl.core import codec
 from pccl.core.codec import WireError
@@ -17,6 +18,9 @@ from pccl.core.messages import Hello
 from pccl.core.options import Options
 from pccl.protocol.group import Group
 from pccl.transports.base import ControlServer, Origin
+
+if TYPE_CHECKING:
+    from pccl.transports.keys import KeyPair
 
 logger = logging.getLogger("pccl.master")
 
@@ -44,6 +48,8 @@ class MasterShell:
         self._rid = int.from_bytes(random_bytes(4)) or 1
         self._groups: dict[str, Group] = {}
         self._group_of: dict[Origin, Group] = {}
+        self._idle = asyncio.Event()
+        """No peer is connected"""
         self._recover_until = 0.0
         self._ticker: asyncio.TimerHandle | None = None
         self.address = ""
@@ -62,12 +68,17 @@ class MasterShell:
             self._ticker = None
         await self._server.close()
 
+    async def idle(self) -> None:
+        """Until no peer is connected any more."""
+        await self._idle.wait()
+
     def received(self, origin: Origin, data: bytes) -> None:
         """A message of a connection."""
         try:
             message = codec.decode(data)
             if isinstance(message, Hello):
                 self._group_of[origin] = self._group(message.group)
+                self._idle.clear()
             group = self._group_of.get(origin)
             if group:
                 group.receive(origin, message, self._loop.time())
@@ -82,6 +93,8 @@ class MasterShell:
         if group:
             group.disconnect(origin, self._loop.time())
             self._flush(group)
+        if not self._group_of:
+            self._idle.set()
 
     def _group(self, name: str) -> Group:
         if name not in self._groups:
@@ -110,7 +123,7 @@ class Master:
 
     Args:
         listen: ``host:port``; port 0 takes any that is free. Hosts other than loopback need a key, or ``insecure``.
-        key: path of a key file (``pccl keys new``), for encryption and authentication.
+        key: a key pair, or the path of a file with one (``pccl keys new``), for encryption and authentication.
         allow: path of a list of public keys; peers with others are refused. Without it, whoever knows the master's public key may come.
         insecure: serve off loopback in plain text.
         advertise: ``host`` or ``host:port`` that the address for peers names, where that differs (a NAT, a container).
@@ -125,7 +138,7 @@ class Master:
         self,
         listen: str = "127.0.0.1:0",
         *,
-        key: str | None = None,
+        key: str | KeyPair | None = None,
         allow: str | None = None,
         insecure: bool = False,
         advertise: str | None = None,
@@ -139,7 +152,7 @@ class Master:
         self._options = options or Options()
         server = ZmqServer(
             parse_address(listen, "listen"),
-            keypair=load_keypair(key) if key else None,
+            keypair=load_keypair(key) if isinstance(key, str) else key,
             allowed=allow,
             insecure=insecure,
             advertise=parse_endpoint(advertise, "advertise") if advertise else None,
@@ -156,6 +169,10 @@ class Master:
     async def start(self) -> None:
         """Serve from now on."""
         await self._shell.start()
+
+    async def idle(self) -> None:
+        """Until no peer is connected any more, of those that have come."""
+        await self._shell.idle()
 
     async def close(self) -> None:
         """Stop serving."""

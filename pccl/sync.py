@@ -56,12 +56,30 @@ class Work:
         self._over = threading.Lock()
         """Held until the call has ended, and then by one of those who wait after the other"""
         self._over.acquire()
+        self._callbacks: list[Callable[[Work], None]] = []
         op.on_settled = self._settle
 
     def _settle(self, result: Any) -> None:
         self._result = result
         self._ended = True
         self._over.release()
+        self._call_back()
+
+    def add_done_callback(self, callback: Callable[[Work], None]) -> None:
+        """Call this with the work once the call has ended: in the engine's thread, where it must not wait for anything, or, if the call has
+        ended already, now.
+        """
+        self._callbacks.append(callback)
+        if self._ended:
+            self._call_back()
+
+    def _call_back(self) -> None:
+        while self._callbacks:
+            try:
+                callback = self._callbacks.pop(0)
+            except IndexError:  # another thread has come first
+                return
+            callback(self)
 
     def done(self) -> bool:
         """Whether the call has ended."""

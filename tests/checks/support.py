@@ -9,14 +9,15 @@ import asyncio
 import gc
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
 import pccl
 from pccl import sync
 from pccl.communicator import Communicator
+from pccl.embedded import MasterThread
 from tests.sim.loop import Node, VirtualLoop, bury
 from tests.sim.world import World
 
@@ -118,29 +119,11 @@ def in_threads(world: int, body: Callable[[sync.Communicator], T], *, address: s
         return [future.result() for future in futures]
 
 
-class master_thread:
-    """A master on a loop of its own, for tests without one: ``with master_thread() as address``."""
-
-    def __init__(self, options: pccl.Options | None = None) -> None:
-        self._options = options
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="master")
-
-    def __enter__(self) -> str:
-        self._thread.start()
-        self._master = pccl.Master(options=self._options)
-        self._run(self._master.start())
-        return self._master.address
-
-    def __exit__(self, *args: object) -> None:
-        self._run(self._master.close())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.run_until_complete(self._loop.shutdown_default_executor())
-        self._loop.close()
-
-    def _run(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+@contextmanager
+def master_thread(options: pccl.Options | None = None) -> Iterator[str]:
+    """The address of a master, for tests without a loop."""
+    with MasterThread(options=options) as master:
+        yield master.address
 
 
 def wait_until(condition: Callable[[], Any], *, within: float = 20.0) -> Any:
