@@ -10,13 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch._C import _distributed_c10d as c10d
 
 from pccl import sync
 from pccl.core.dtypes import ReduceOp, premul_sum
 from pccl.core.errors import InvalidArgument
-
-Tensor = torch.Tensor
 
 _OPS = {
     dist.ReduceOp.SUM: "sum",
