@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Unpack
 
@@ -124,13 +125,13 @@ class Communicator(Handle[Coroutine[Any, Any, Info]]):
                 self._runtime.post(self._runtime.engine.leave_sub, self._comm)
 
     async def close(self) -> None:
-        """Go at once; calls in flight fail here, and the others find this peer lost. Idempotent."""
+        """Go at once; calls in flight fail, and the others find this peer lost, or out of a sub-communicator. Idempotent."""
         if not self._closed:
             self._closed = True
             if self._comm == 0:
                 await self._runtime.close(leave=False)
             else:
-                self._runtime.post(self._runtime.engine.leave_sub, self._comm)
+                self._runtime.post(partial(self._runtime.engine.leave_sub, self._comm, at_once=True))
 
     async def __aenter__(self) -> Communicator:
         return self

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from types import TracebackType
 from typing import Any
 
@@ -48,7 +48,7 @@ class MasterThread:
 
     def close(self, patience: float = 0.0) -> None:
         """Stop serving, once no peer is connected any more or so many seconds are over."""
-        if not self._end.done():
+        with contextlib.suppress(InvalidStateError):  # it was said before
             self._end.set_result(patience)
         self._thread.join()
 

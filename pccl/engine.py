@@ -739,8 +739,10 @@ class Engine:
                 op.restore()
                 op.settle(self.error)
 
-    def leave_sub(self, comm: int) -> None:
-        """Leave a sub-communicator, once no call on it is in flight."""
+    def leave_sub(self, comm: int, *, at_once: bool = False) -> None:
+        """Leave a sub-communicator, once no call on it is in flight; at once: end those for all."""
+        for op in [op for op in self._in_flight if at_once and op.comm == comm]:
+            self.cancel(op)
         if self._peer and comm in self._peer.comms:
             self._leaving_subs.add(comm)
             self._try_leave()

@@ -405,6 +405,15 @@ class Handle(Collectives[R]):
         return self._seen.rank
 
     @property
+    def admissions(self) -> int:
+        """How many peers the group has let in since it began, also those that are gone: the same on all members after the same `update`.
+
+        Raises:
+            PcclError: this peer is out of its group.
+        """
+        return self._runtime.engine.membership(0).next_uid
+
+    @property
     def timeout(self) -> float | None:
         """Seconds that calls may take that do not say it themselves; None: no limit. May be set, for calls that are made from then on."""
         return self._timeout

@@ -247,7 +247,7 @@ class Communicator(Handle[Any]):
         self._end(leave=True)
 
     def close(self) -> None:
-        """Go at once; calls in flight fail here, and the others find this peer lost. Idempotent."""
+        """Go at once; calls in flight fail, and the others find this peer lost, or out of a sub-communicator. Idempotent."""
         self._end(leave=False)
 
     def _end(self, *, leave: bool) -> None:
@@ -256,7 +256,7 @@ class Communicator(Handle[Any]):
         self._closed = True
         self._forget_repeats()
         if self._comm:
-            self._runtime.post(self._runtime.engine.leave_sub, self._comm)
+            self._runtime.post(partial(self._runtime.engine.leave_sub, self._comm, at_once=not leave))
         else:
             assert isinstance(self._runtime, ThreadRuntime)
             self._runtime.close_blocking(leave=leave)

@@ -69,7 +69,7 @@ async def test_no_memory_for_a_call(transport: str, where: str, monkeypatch: pyt
         engine: Any = comms[0]._runtime.engine
         inputs = [np.full(50_000, k + 1.0) for k in range(2)]
         if where == "begin":
-            owner, name = (engine, "spare") if transport == "tcp" else (engine._commons, "take")
+            owner, name = (engine, "spare") if transport == "tcp" else (engine.lanes._commons, "take")
             monkeypatch.setattr(owner, name, once(MemoryError("too much"), monkeypatch))
         else:
             monkeypatch.setattr(Part, "commit", once(MemoryError("too much"), monkeypatch))

@@ -5,15 +5,21 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from pccl import sync
 from pccl.bindings.torch.operations import ALIASES, OPERATIONS, Call, Operation, Plan
-from pccl.bindings.torch.work import Work
-from pccl.core.errors import PcclError
+from pccl.bindings.torch.work import Work, outlast_callbacks
+from pccl.core.errors import InvalidArgument, PcclError
 
+ABBREVIATIONS = {"op": "reduceOp", "root": "rootRank", "timeout": "timeout"}
+"""Keyword of a method -> the option that it stands for"""
+PATIENCE = 3.0
+"""Seconds that a group which is shut down waits for callbacks"""
 UNSET = timedelta(milliseconds=-1)
 """What options have for "as the group has it" """
 
@@ -73,20 +79,24 @@ class ProcessGroup(dist.ProcessGroup):
         """Likewise."""
         self._description = description
 
+    @property
+    def _device_types(self) -> list[torch.device]:
+        """Where tensors may be; checkpoints ask."""
+        return [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
+
+    def _get_backend(self, device: torch.device) -> ProcessGroup:  # type: ignore[override]  # as in torch itself, where it is no Backend
+        """What does the work for a device."""
+        return self
+
     # --- calls --------------------------------------------------------------------------------------------------------
 
-    def _issue(self, make: Callable[..., Plan], arguments: tuple[Any, ...], opts: Any) -> Work:
+    def _issue(self, make: Callable[[], Plan], opts: Any) -> Work:
         """Make the calls of a method. One that its caller waits for anyway is made in this thread."""
         how: dict[str, Any] = {"atomic": False}
         timeout = getattr(opts, "timeout", UNSET)
         if timeout > timedelta(0):
             how["timeout"] = timeout.total_seconds()
-        try:
-            plan = make(self.comm, *arguments)
-        except Exception as e:
-            work = Work([])
-            self._finish(work, e)
-            return work
+        plan = make()
         work = Work(plan.result)
         if not plan.calls:
             work.finish()
@@ -142,7 +152,15 @@ class ProcessGroup(dist.ProcessGroup):
         group_desc: str = "",
         **ignored: Any,
     ) -> ProcessGroup | None:
-        """`torch.distributed.new_group` asks this of the default group, on all of its ranks: part of it, or None for those outside."""
+        """`torch.distributed.new_group` asks this of the default group, on all of its ranks: part of it, or None for those outside.
+
+        Raises:
+            InvalidArgument: only some ranks are to call it, or there are options.
+        """
+        if group_name and not group_name.isdigit():  # torch numbers groups that all make, and names others by a hash
+            raise InvalidArgument("use_local_synchronization: not supported: new_group has to be called by all ranks of the default group")
+        if pg_options is not None:
+            raise InvalidArgument(f"pg_options: a part of a group has none of its own, {pg_options!r} is given")
         part = self.comm.subgroup(ranks)
         if part is None:
             return None
@@ -165,6 +183,10 @@ class ProcessGroup(dist.ProcessGroup):
         """
         self.comm.barrier(timeout=self.comm.timeout if timeout is None else timeout.total_seconds())
 
+    def _set_default_timeout(self, timeout: timedelta) -> None:
+        """See `set_timeout`; torch has this name for it, too."""
+        self.set_timeout(timeout)
+
     def set_timeout(self, timeout: timedelta) -> None:
         """What calls may take that do not say it themselves."""
         self.comm.timeout = timeout.total_seconds()
@@ -172,12 +194,13 @@ class ProcessGroup(dist.ProcessGroup):
     # --- the end ------------------------------------------------------------------------------------------------------
 
     def abort(self) -> None:
-        """Go at once; calls under way fail."""
+        """End calls under way, on all members, and go."""
         self._end(False)
 
     def shutdown(self) -> None:
         """Leave the group, once no call is under way. `torch.distributed.destroy_process_group` calls this."""
         self._end(True)
+        outlast_callbacks(PATIENCE)
 
     def _end_alone(self, leave: bool) -> None:
         if leave:
@@ -187,18 +210,34 @@ class ProcessGroup(dist.ProcessGroup):
 
 
 def _method(operation: Operation) -> Callable[..., Work]:
-    """The method for an operation. torch gives it options as the last argument, or as ``opts``."""
+    """The method for an operation. torch gives it options as the last argument, or as ``opts``; people may give what is in them."""
     make, options = operation
 
-    def method(self: ProcessGroup, *arguments: Any, opts: Any = None) -> Work:
-        if options is None:
-            return self._issue(make, arguments, None)
-        if opts is None and hasattr(arguments[-1] if arguments else None, "asyncOp"):
-            arguments, opts = arguments[:-1], arguments[-1]
-        opts = opts or options()
-        return self._issue(make, (*arguments, opts), opts)
+    def method(self: ProcessGroup, *arguments: Any, **named: Any) -> Work:
+        try:
+            if options is None:
+                return self._issue(partial(make, self.comm, *_listed(arguments), **named), None)
+            given = [x for x in (*arguments, named.pop("opts", None)) if hasattr(x, "asyncOp")]
+            opts = given[0] if given else options()
+            for name, attribute in ABBREVIATIONS.items():
+                if name in named:
+                    setattr(opts, attribute, named.pop(name))
+            rest = [x for x in arguments if not hasattr(x, "asyncOp")]
+            if len(rest) > 1 and isinstance(rest[-1], (int, dist.ReduceOp, dist.ReduceOp.RedOpType)):
+                setattr(opts, "rootRank" if isinstance(rest[-1], int) else "reduceOp", rest.pop())
+            return self._issue(partial(make, self.comm, *_listed(rest), opts=opts, **named), opts)
+        except Exception as e:
+            work = Work([])
+            self._finish(work, e)
+            return work
 
     return method
+
+
+def _listed(arguments: Sequence[Any]) -> list[Any]:
+    """A tensor in front stands for a list of one where it is alone."""
+    lone = bool(arguments) and isinstance(arguments[0], torch.Tensor) and not any(isinstance(x, torch.Tensor) for x in arguments[1:])
+    return [[arguments[0]], *arguments[1:]] if lone else list(arguments)
 
 
 for _name, _operation in OPERATIONS.items():

@@ -67,10 +67,15 @@ def _fused(tensors: list[Tensor]) -> Tensor | list[Tensor]:
     return tensors[0] if len(tensors) == 1 else tensors
 
 
-def _even(name: str, x: Tensor, world: int) -> int:
-    if x.shape[0] % world:
-        raise InvalidArgument(f"{name}: {x.shape[0]} rows are not a multiple of the group's size, {world}; give split sizes")
-    return int(x.shape[0]) // world
+def _rows(name: str, x: Tensor, splits: list[int], world: int) -> list[Tensor]:
+    """Rows for each rank: so many, or as many for each."""
+    if not splits:
+        if x.shape[0] % world:
+            raise InvalidArgument(f"{name}: {x.shape[0]} rows are not a multiple of the group's size, {world}; give split sizes")
+        splits = [x.shape[0] // world] * world
+    if len(splits) != world or sum(splits) != x.shape[0]:
+        raise InvalidArgument(f"{name} splits: {world} numbers are needed that add up to the {x.shape[0]} rows, not {splits}")
+    return list(torch.split(x, splits))
 
 
 def _all_reduce(comm: sync.Communicator, tensors: list[Tensor], opts: Any) -> Plan:
@@ -164,10 +169,8 @@ def _all_to_all(comm: sync.Communicator, outs: list[Tensor], tensors: list[Tenso
 def _all_to_all_single(comm: sync.Communicator, out: Tensor, x: Tensor, out_splits: list[int], in_splits: list[int], opts: Any) -> Plan:
     if not out_splits and not in_splits:
         return Plan([Call("all_to_all", (x,), {"out": out})], [out])
-    world = comm.world_size
-    given = torch.split(x, in_splits or _even("input", x, world))
-    plan = _all_to_all(comm, list(torch.split(out, out_splits or _even("output", out, world))), list(given), opts)
-    return plan._replace(result=[out])
+    outs, given = _rows("output", out, out_splits, comm.world_size), _rows("input", x, in_splits, comm.world_size)
+    return _all_to_all(comm, outs, given, opts)._replace(result=[out])
 
 
 def _barrier(comm: sync.Communicator, opts: Any) -> Plan:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from pccl import sync
-from pccl.connection import host_identity
-from pccl.core.address import is_loopback
+from pccl.connection import default_advertise, host_identity
+from pccl.core.address import Address, is_loopback
 from pccl.embedded import MasterThread
 
 MASTER = "PCCL_MASTER"
@@ -43,6 +43,7 @@ def start(store: Any, rank: int, size: int, settings: Mapping[str, Any]) -> Star
     here = f"pccl/{turn}"
     store.set(f"{here}/host/{rank}", host_identity())
     master: MasterThread | None = None
+    whole: sync.Communicator | None = None
     if rank == 0:
         address = os.environ.get(MASTER)
         if not address:
@@ -56,6 +57,8 @@ def start(store: Any, rank: int, size: int, settings: Mapping[str, Any]) -> Star
         comm = whole.split(0, key=rank)  # those who connect are ranked as they come
         assert comm is not None
     except BaseException:
+        if whole:
+            whole.close()
         if master:
             master.close()
         raise
@@ -77,6 +80,7 @@ def _master(*, everywhere: bool) -> MasterThread:
         return MasterThread()
     from pccl.transports.keys import new_keypair
 
+    listen = "0.0.0.0", None
     known = os.environ.get("MASTER_ADDR", "")
-    name = socket.gethostname() if not known or is_loopback(known) else known
-    return MasterThread(listen="0.0.0.0:0", key=new_keypair(), advertise=name)
+    found = None if not known or is_loopback(known) else default_advertise(Address(known, 1), listen)
+    return MasterThread(listen="0.0.0.0:0", key=new_keypair(), advertise=found[0] if found else socket.gethostname())

@@ -94,6 +94,31 @@ def train(how: str) -> list[float]:
     return losses
 
 
+def hooks() -> None:
+    """Communication hooks of torch, and a checkpoint that is written meanwhile."""
+    import tempfile
+
+    from torch.distributed import checkpoint
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+    from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+
+    for state, hook in (
+        (None, fp16_compress_hook),
+        (PowerSGDState(None, matrix_approximation_rank=1, start_powerSGD_iter=2), powerSGD_hook),
+    ):
+        model = DistributedDataParallel(nn.Linear(8, 8))
+        model.register_comm_hook(state, hook)
+        for _ in range(4):
+            model(torch.ones(2, 8) * (dist.get_rank() + 1)).sum().backward()
+    where = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(where, src=0)
+    saved = {"weight": torch.ones(3)}
+    checkpoint.async_save(saved, checkpoint_id=where[0]).result()
+    saved["weight"].zero_()
+    checkpoint.load(saved, checkpoint_id=where[0])
+    assert saved["weight"].tolist() == [1, 1, 1]
+
+
 def lose_one() -> None:
     """The last rank dies within a step; the others' step fails, and the next one is theirs."""
     torch.manual_seed(1)
@@ -128,8 +153,8 @@ def main() -> None:
     if what == "check":
         check()
         found: Any = "ok"
-    elif what == "lose_one":
-        lose_one()
+    elif what in ("lose_one", "hooks"):
+        {"lose_one": lose_one, "hooks": hooks}[what]()
         found = "ok"
     else:
         found = train(what)

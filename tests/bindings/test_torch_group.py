@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -269,6 +270,87 @@ def test_futures_have_the_result() -> None:
         assert work.get_future().done()
 
     in_threads(2, body)
+
+
+def test_callbacks_may_wait_for_other_calls() -> None:
+    """Torch's own communication hooks do."""
+
+    def body(comm: sync.Communicator) -> list[float]:
+        pg = ProcessGroup(comm)
+        x, y = torch.ones(2), torch.ones(2)
+
+        def more(future: Any) -> Any:
+            future.value()
+            return pg.allreduce([y], c10d.AllreduceOptions()).get_future().wait()[0]
+
+        after = pg.allreduce([x], c10d.AllreduceOptions()).get_future().then(more)
+        found: list[float] = after.wait().tolist()
+        pg.shutdown()
+        return found
+
+    assert in_threads(2, body) == [[2.0, 2.0]] * 2
+
+
+def test_other_ways_to_give_arguments() -> None:
+    def body(comm: sync.Communicator) -> None:
+        pg: Any = ProcessGroup(comm)
+        x = [torch.tensor([comm.rank + 1.0]) for _ in range(6)]
+        pg.allreduce(x[0], dist.ReduceOp.MAX).wait()
+        pg.allreduce([x[1]], dist.ReduceOp.MAX).wait()
+        pg.allreduce(tensors=[x[2]], op=dist.ReduceOp.MAX, timeout=timedelta(seconds=20)).wait()
+        pg.broadcast(x[3], 1).wait()
+        pg.broadcast([x[4]], root=1).wait()
+        work = pg.send([x[5]], 1, tag=3) if comm.rank == 0 else pg.recv([x[5]], 0, tag=3)
+        work.wait()
+        assert [t.item() for t in x] == [2.0] * 5 + [1.0]
+        outs = [torch.zeros(1) for _ in range(2)]
+        pg.allgather([outs], [x[5]]).wait()
+        assert [t.item() for t in outs] == [1.0, 1.0]
+        pg.barrier().wait()
+        with pytest.raises(TypeError):
+            pg.allreduce([x[0]], nonsense=1).wait()
+
+    in_threads(2, body)
+
+
+def test_rows_for_nobody() -> None:
+    """Only one of the two lists is given, and nothing is sent."""
+
+    def body(comm: sync.Communicator) -> None:
+        pg = ProcessGroup(comm)
+        pg.all_to_all_single(torch.zeros(0), torch.zeros(0), [0, 0], [], c10d.AllToAllOptions()).wait()
+        with pytest.raises(pccl.InvalidArgument, match="2 numbers are needed"):
+            pg.all_to_all_single(torch.zeros(2), torch.zeros(2), [2], [1, 1], c10d.AllToAllOptions()).wait()
+
+    in_threads(2, body)
+
+
+def test_a_part_that_is_aborted_ends_its_calls() -> None:
+    aborted = threading.Event()
+
+    def body(comm: sync.Communicator) -> None:
+        part = ProcessGroup(comm).new_group([0, 1])
+        assert part
+        if comm.rank == 0:
+            work = part.allreduce([torch.ones(3)], c10d.AllreduceOptions())
+            part.abort()
+            with pytest.raises((pccl.CollectiveError, asyncio.CancelledError)):
+                work.wait(timedelta(seconds=20))
+            aborted.set()
+        assert aborted.wait(20)
+
+    in_threads(2, body)
+
+
+def test_groups_that_cannot_be_made() -> None:
+    def body(comm: sync.Communicator) -> None:
+        pg = ProcessGroup(comm)
+        with pytest.raises(pccl.InvalidArgument, match="use_local_synchronization"):
+            pg.new_group([0], group_name="3f1c")
+        with pytest.raises(pccl.InvalidArgument, match="pg_options"):
+            pg.new_group([0], pg_options=object())
+
+    in_threads(1, body)
 
 
 def test_errors_come_with_the_work_only() -> None:

@@ -103,5 +103,9 @@ def test_losses_are_those_of_gloo() -> None:
     assert expected[0][-1] < expected[0][0] / 2
 
 
+def test_hooks_and_checkpoints() -> None:
+    assert job("hooks", 2) == ["ok", "ok"]
+
+
 def test_the_others_go_on_when_one_dies() -> None:
     assert job("lose_one", 3, dead=(2,)) == ["ok", "ok", None]
