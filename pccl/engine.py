@@ -353,7 +353,7 @@ class Engine:
 
     def expire(self, op: Operation) -> None:
         """The call's deadline has passed."""
-        self._end(op, Reason.DEADLINE, f"its deadline of {op.timeout:g} s passed" if op.timeout is not None else "")
+        self._end(op, Reason.DEADLINE, f"its timeout of {op.timeout:g} s passed" if op.timeout is not None else "")
 
     def cancel(self, op: Operation) -> None:
         """The caller does not want the call any more."""

@@ -187,6 +187,16 @@ class ProcessGroup(dist.ProcessGroup):
         """See `set_timeout`; torch has this name for it, too."""
         self.set_timeout(timeout)
 
+    def recv_anysource(self, tensors: list[torch.Tensor], tag: int) -> Work:
+        """Not supported: whoever sends waits for a receiver that names it.
+
+        Raises (with the work):
+            InvalidArgument: always.
+        """
+        work = Work([])
+        self._finish(work, InvalidArgument("src: a receiver has to name the sender: a send waits until it is asked for"))
+        return work
+
     def set_timeout(self, timeout: timedelta) -> None:
         """What calls may take that do not say it themselves."""
         self.comm.timeout = timeout.total_seconds()
