@@ -147,15 +147,21 @@ def two_pulls(both: list[Lane], xs: list[npt.NDArray[np.float64]], *, commits: b
     ], hosts
 
 
+def one_is_out(*, commits: bool) -> tuple[list[Lane], list[Pull], list[Mock], list[npt.NDArray[np.float64]]]:
+    """Both have done their share, and one has fetched its result."""
+    both, xs = lanes(2), [np.full(100_000, k + 1.0) for k in range(2)]
+    pulls, hosts = two_pulls(both, xs, commits=commits)
+    while both[0].phase(1, 5) != DONE:
+        for pull in pulls:
+            pull.step()
+    while both[1].phase(0, 5) != OUT:
+        pulls[0].step()
+    return both, pulls, hosts, xs
+
+
 def test_who_fails_while_others_read_its_memory_withdraws_that() -> None:
     """In a call without commit it may have its result, and be out, while others still read its part."""
-    both, xs = lanes(2), [np.full(100_000, k + 1.0) for k in range(2)]
-    (one, other), hosts = two_pulls(both, xs, commits=False)
-    while both[0].phase(1, 5) != DONE:
-        one.step()
-        other.step()
-    while both[1].phase(0, 5) != OUT:
-        one.step()
+    _, (one, other), hosts, xs = one_is_out(commits=False)
     one.halt()
     xs[0][:] = -1
     for _ in range(100):
@@ -167,13 +173,7 @@ def test_who_fails_while_others_read_its_memory_withdraws_that() -> None:
 @pytest.mark.parametrize("closed", [False, True])
 def test_who_was_left_behind_takes_nothing_of_what_came_later(closed: bool, commits: bool) -> None:
     """It stood still while it fetched the result, and the others have gone on to the epoch after next."""
-    both, xs = lanes(2), [np.full(100_000, k + 1.0) for k in range(2)]
-    (one, other), hosts = two_pulls(both, xs, commits=commits)
-    while both[0].phase(1, 5) != DONE:
-        one.step()
-        other.step()
-    while both[1].phase(0, 5) != OUT:
-        one.step()
+    both, (_, other), hosts, _ = one_is_out(commits=commits)
     if closed:
         both[0].close()
     for _ in range(100):
@@ -185,13 +185,7 @@ def test_who_was_left_behind_takes_nothing_of_what_came_later(closed: bool, comm
 @pytest.mark.parametrize("seen", [False, True])
 def test_a_committed_result_that_the_others_keep_no_longer(seen: bool, closed: bool) -> None:
     """Who stood still when all had committed has the result, or an error: nothing of what came later."""
-    both, xs = lanes(2), [np.full(100_000, k + 1.0) for k in range(2)]
-    (one, other), _ = two_pulls(both, xs, commits=True)
-    while both[0].phase(1, 5) != DONE:
-        one.step()
-        other.step()
-    while both[1].phase(0, 5) != OUT:
-        one.step()
+    both, (_, other), _, xs = one_is_out(commits=True)
     while seen and not other.committed:
         other.step()
     if closed:
