@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
-from functools import partial
 from types import TracebackType
 from typing import Any, Unpack
 
@@ -48,7 +47,7 @@ class connect:
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         assert self._comm
-        await self._comm._exit(error)
+        await self._comm._end(leave=error is None)
 
 
 async def open_communicator(
@@ -117,30 +116,26 @@ class Communicator(Handle[Coroutine[Any, Any, Info]]):
 
     async def leave(self) -> None:
         """Leave in the place of the next update, after all calls of this peer have ended. Idempotent."""
-        if not self._closed:
-            self._closed = True
-            if self._comm == 0:
-                await self._runtime.close(leave=True)
-            else:
-                self._runtime.post(self._runtime.engine.leave_sub, self._comm)
+        await self._end(leave=True)
 
     async def close(self) -> None:
         """Go at once; calls in flight fail, and the others find this peer lost, or out of a sub-communicator. Idempotent."""
-        if not self._closed:
-            self._closed = True
-            if self._comm == 0:
-                await self._runtime.close(leave=False)
-            else:
-                self._runtime.post(partial(self._runtime.engine.leave_sub, self._comm, at_once=True))
+        await self._end(leave=False)
+
+    async def _end(self, *, leave: bool) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        if self._comm:
+            self._runtime.post(self._runtime.engine.leave_sub, self._comm, not leave)
+        else:
+            await self._runtime.close(leave=leave)
 
     async def __aenter__(self) -> Communicator:
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        await self._exit(error)
-
-    async def _exit(self, error: BaseException | None) -> None:
-        await (self.leave() if error is None else self.close())
+        await self._end(leave=error is None)
 
     def _sub(self, made: tuple[int, View] | None) -> Communicator | None:
         return Communicator(self._runtime, made[0], made[1], self._timeout) if made else None

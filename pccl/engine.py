@@ -739,7 +739,7 @@ class Engine:
                 op.restore()
                 op.settle(self.error)
 
-    def leave_sub(self, comm: int, *, at_once: bool = False) -> None:
+    def leave_sub(self, comm: int, at_once: bool) -> None:
         """Leave a sub-communicator, once no call on it is in flight; at once: end those for all."""
         for op in [op for op in self._in_flight if at_once and op.comm == comm]:
             self.cancel(op)

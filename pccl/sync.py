@@ -256,7 +256,7 @@ class Communicator(Handle[Any]):
         self._closed = True
         self._forget_repeats()
         if self._comm:
-            self._runtime.post(partial(self._runtime.engine.leave_sub, self._comm, at_once=not leave))
+            self._runtime.post(self._runtime.engine.leave_sub, self._comm, not leave)
         else:
             assert isinstance(self._runtime, ThreadRuntime)
             self._runtime.close_blocking(leave=leave)

@@ -14,31 +14,17 @@ from pccl.collectives import planner
 from pccl.communicator import Communicator
 from pccl.core.dtypes import DTYPES
 from pccl.core.quantization import KINDS, SCALED
-from tests.checks.oracle import UNIT, same_bits
+from tests.checks.oracle import STEPS, UNIT, same_bits
+from tests.checks.oracle import encoding_error as encoding
 from tests.checks.support import each, group, in_threads, outcomes
 
 Array = npt.NDArray[Any]
 
 ALGORITHMS = ("auto", "star", "ring", "bidirectional_ring", "tree", "halving_doubling", "spanning_tree")
-STEPS = {"uint8": 255 - 2**-12, "int8": 127 - 2**-12, "uint4": 15 - 2**-12}
 
 
 def data(count: int, rank: int, dtype: str = "float32") -> Array:
     return (np.random.default_rng([count, rank]).standard_normal(count) + 0.25).astype(DTYPES[dtype].numpy)
-
-
-def encoding(q: pccl.Quantization, x: Array) -> Array:
-    """The bound on the error of one encoding of x; see docs/quantization.md."""
-    share, wide = (1.0 if q.stochastic else 0.5), x.astype(np.float64)
-    if q.kind not in SCALED:
-        return share * np.maximum(2 * UNIT[q.kind] * abs(wide), 2.0**-24)
-    errors = np.empty(x.size)
-    for low in range(0, x.size, q.block):
-        part = wide[low : low + q.block]
-        most = abs(part).max()
-        span = most if q.kind == "int8" else part.max() - part.min()
-        errors[low : low + q.block] = span / STEPS[q.kind] * (share + 2**-12) + 2 * 2.0**-24 * most + 2.0**-118
-    return errors
 
 
 def within(error: Array, bound: Array) -> None:

@@ -55,7 +55,7 @@ class Elastic:
             `should_commit` and `begin`, and alike on all members.
 
     Raises:
-        InvalidArgument: the communicator is not a whole group, or the optimizer has parameters that the model has not.
+        InvalidArgument: the optimizer has parameters that the model has not, or none is to be trained.
     """
 
     def __init__(
@@ -111,9 +111,10 @@ class Elastic:
         if self._begun:
             self._give_up()
         self.comm.update()
-        if self.comm.admissions != self._known:
+        admissions = self.comm.admissions
+        if admissions != self._known:
             self._synchronize()
-            self._known = self.comm.admissions
+            self._known = admissions
         for p in self._names:
             p.grad = None
         self._begun = True
@@ -143,18 +144,17 @@ class Elastic:
             self._used[k] = p.grad is not None
         averages.all_reduce(self._used, op="max")
         self._round, self._begun = None, False
+        self._reset()
         try:
             averages.__exit__(None, None, None)
         except (CollectiveAborted, TooFewPeers):
             for p in self._names:
                 p.grad = None
-            self._reset()
             return False
         for bucket in self._buckets:
             for p, place in zip(bucket.parameters, bucket.places, strict=True):
                 if self._used[self._order[p]]:
                     p.grad = place.clone() if p.grad is None else p.grad.copy_(place)
-        self._reset()
         self.step += 1
         return True
 

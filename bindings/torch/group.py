@@ -136,6 +136,12 @@ class ProcessGroup(dist.ProcessGroup):
             else:
                 native.add_done_callback(ended)
 
+    def _failed(self, error: Exception) -> Work:
+        """A call that could not be made."""
+        work = Work([])
+        self._finish(work, error)
+        return work
+
     def _finish(self, work: Work, error: Exception | None) -> None:
         if isinstance(error, PcclError):
             self.last_error = error
@@ -193,9 +199,7 @@ class ProcessGroup(dist.ProcessGroup):
         Raises (with the work):
             InvalidArgument: always.
         """
-        work = Work([])
-        self._finish(work, InvalidArgument("src: a receiver has to name the sender: a send waits until it is asked for"))
-        return work
+        return self._failed(InvalidArgument("src: a receiver has to name the sender: a send waits until it is asked for"))
 
     def set_timeout(self, timeout: timedelta) -> None:
         """What calls may take that do not say it themselves."""
@@ -213,10 +217,7 @@ class ProcessGroup(dist.ProcessGroup):
         outlast_callbacks(PATIENCE)
 
     def _end_alone(self, leave: bool) -> None:
-        if leave:
-            self.comm.leave()
-        else:
-            self.comm.close()
+        (self.comm.leave if leave else self.comm.close)()
 
 
 def _method(operation: Operation) -> Callable[..., Work]:
@@ -237,9 +238,7 @@ def _method(operation: Operation) -> Callable[..., Work]:
                 setattr(opts, "rootRank" if isinstance(rest[-1], int) else "reduceOp", rest.pop())
             return self._issue(partial(make, self.comm, *_listed(rest), opts=opts, **named), opts)
         except Exception as e:
-            work = Work([])
-            self._finish(work, e)
-            return work
+            return self._failed(e)
 
     return method
 

@@ -64,10 +64,7 @@ def start(store: Any, rank: int, size: int, settings: Mapping[str, Any]) -> Star
         raise
 
     def end(leave: bool) -> None:
-        if leave:
-            whole.leave()
-        else:
-            whole.close()
+        (whole.leave if leave else whole.close)()
         if master:
             master.close(PATIENCE if leave else 0.0)
 

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pccl.core.dtypes import DTYPES, DType
+from pccl.core.quantization import SCALED, Quantization
 
 Array = npt.NDArray[Any]
 
@@ -85,3 +86,22 @@ def same_bits(arrays: Sequence[Array]) -> None:
         if first.tobytes() != other.tobytes():
             places = np.flatnonzero(first.reshape(-1).view(np.uint8) != other.reshape(-1).view(np.uint8))
             raise AssertionError(f"{len(places)} bytes differ, the first is number {places[0]}")
+
+
+STEPS = {"uint8": 255 - 2**-12, "int8": 127 - 2**-12, "uint4": 15 - 2**-12}
+"""Of the codes, between the ends of a block"""
+
+
+def encoding_error(q: Quantization, x: Array) -> Array:
+    """The bound on the error of one encoding, element by element; see docs/quantization.md."""
+    wide = x.astype(np.float64)
+    share = 1.0 if q.stochastic else 0.5
+    if q.kind not in SCALED:
+        return share * np.maximum(2 * UNIT[q.kind] * abs(wide), TINY[q.kind])
+    errors = np.empty(x.size)
+    for low in range(0, x.size, q.block):
+        part = wide[low : low + q.block]
+        most = abs(part).max()
+        span = most if q.kind == "int8" else part.max() - part.min()
+        errors[low : low + q.block] = span / STEPS[q.kind] * (share + 2**-12) + 2 * 2.0**-24 * most + 2.0**-118
+    return errors

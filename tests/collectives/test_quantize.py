@@ -17,12 +17,12 @@ from pccl.collectives.reduction import Kernels
 from pccl.core.dtypes import DTYPES, ReduceOp
 from pccl.core.errors import InvalidArgument
 from pccl.core.quantization import KINDS, SCALED, Quantization
+from tests.checks.oracle import encoding_error
 
 Array = npt.NDArray[Any]
 
 CODEC = Codec(Kernels())
 DRAW = Draw(0, 0, 0)
-LEVELS = {"uint8": 255 - 2**-12, "int8": 127 - 2**-12, "uint4": 15 - 2**-12}
 NAN = np.float32(np.nan).view(np.uint32)
 ALL = [Quantization(kind, block=32, rounding=rounding, seed=5) for kind in KINDS for rounding in ("nearest", "stochastic")]
 every = pytest.mark.parametrize("q", ALL, ids=str)
@@ -44,27 +44,11 @@ def there_and_back(q: Quantization, x: Array) -> Array:
     return decoded(q, encoded(q, x), x.size, x.dtype)
 
 
-def bound(q: Quantization, x: Array) -> Array:
-    """The documented bound on the error of one encoding, element by element."""
-    wide = x.astype(np.float64)
-    share = 1.0 if q.stochastic else 0.5
-    if q.kind not in SCALED:
-        unit, least = (2.0**-7, 2.0**-133) if q.kind == "bfloat16" else (2.0**-10, 2.0**-24)
-        return share * np.maximum(unit * abs(wide), least)
-    errors = np.empty(x.size)
-    for low in range(0, x.size, q.block):
-        part = wide[low : low + q.block]
-        most = abs(part).max()
-        span = most if q.kind == "int8" else part.max() - part.min()
-        errors[low : low + q.block] = span / LEVELS[q.kind] * (share + 2**-12) + 2 * 2.0**-24 * most + 2.0**-118
-    return errors
-
-
 def near(q: Quantization, x: Array) -> None:
     """Fail unless x comes back as near as is promised; x is float32."""
     error = abs(there_and_back(q, x).astype(np.float64) - x)
-    worst = int(np.argmax(error - bound(q, x)))
-    assert error[worst] <= bound(q, x)[worst], f"{q}: {x[worst]} became {there_and_back(q, x)[worst]}"
+    worst = int(np.argmax(error - encoding_error(q, x)))
+    assert error[worst] <= encoding_error(q, x)[worst], f"{q}: {x[worst]} became {there_and_back(q, x)[worst]}"
 
 
 # --- what is left of an element -------------------------------------------------------------------------------------
